@@ -1,0 +1,450 @@
+"""The schema of one run's YAML. Imports no torch, so that a typo is found in milliseconds on any machine.
+
+`load_config` reads a file, applies `--set a.b=c` overrides, and returns a frozen `RunConfig` or raises `ConfigError` with one
+line that names every bad key and the nearest known one. Defaults live here and nowhere else.
+
+Paths: a path that begins with `samples:` lies in the data that ship with nexus; any other is relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from nexus.artifacts import StrictModel, fingerprint_of
+from nexus.errors import ConfigError
+
+SAMPLES_PREFIX = "samples:"
+SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
+
+Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
+Tower = Literal["reasoning", "vision", "audio"]
+TOWERS: tuple[Tower, ...] = get_args(Tower)
+"""The student's towers, in the order of the router's heads."""
+
+
+def resolve_path(text: str) -> Path:
+    """The file or folder that a path of the configuration means."""
+    if text.startswith(SAMPLES_PREFIX):
+        return SAMPLES_DIR / text[len(SAMPLES_PREFIX) :]
+    return Path(text)
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------------------
+
+
+class _TeacherBase(StrictModel):
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the teacher in this run; its actor is `teacher:<id>`."""
+    capabilities: tuple[str, ...] = Field(min_length=1)
+    """Rows of these capabilities go to this teacher."""
+    importance: float = Field(1.0, gt=0)
+    """Weight among the teachers; normalised to sum 1."""
+    anchor: bool = True
+    """Anchor the student to the hidden states of this teacher's critical layers."""
+
+
+class RegistryTeacher(_TeacherBase):
+    """A row of configs/teachers.yaml, found by its id in --models-dir or the Hugging Face cache."""
+
+    kind: Literal["registry"]
+
+
+class PathTeacher(_TeacherBase):
+    """A checkpoint folder on this machine (or on a disk that all nodes share)."""
+
+    kind: Literal["path"]
+    path: str
+    role: Role
+    skip_modules: tuple[str, ...] = ()
+    """Module names that stay in floating point."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """Smallest share of the parameters that must be stored in NF4."""
+
+
+class HubTeacher(_TeacherBase):
+    """A Hugging Face repository, read from the local cache (`nexus teachers pull` fills it)."""
+
+    kind: Literal["hub"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str
+    role: Role
+    skip_modules: tuple[str, ...] = ()
+    min_coverage: float = Field(0.5, ge=0, le=1)
+
+
+TeacherConfig = Annotated[Union[RegistryTeacher, PathTeacher, HubTeacher], Field(discriminator="kind")]
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------
+
+
+class DataConfig(StrictModel):
+    """One capability: its rows, how an answer is scored, and which student towers its rows need."""
+
+    capability: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    pool: tuple[str, ...] = Field(min_length=1)
+    """Unlabelled rows for distillation: Parquet, JSONL or CSV files."""
+    labelled: tuple[str, ...] = ()
+    """A few rows with gold answers; they train the student's cross-entropy and the labels-only baseline."""
+    test: tuple[str, ...] = Field(min_length=1)
+    """Held-out rows; never trained on."""
+    towers: tuple[Tower, ...] = ()
+    """Towers that these rows need; empty means the trunk alone. The router learns them."""
+    answer: Literal["gsm8k", "exact"] = "exact"
+    """`gsm8k` scores the number after `####`, `exact` the whole completion without outer white space."""
+    max_new_tokens: int = Field(gt=0, le=4096)
+    """Longest completion, in tokens of whoever generates."""
+    chance: float = Field(0.0, ge=0, lt=1)
+    """Score of guessing, removed from both sides of the retention."""
+    contract: float = Field(0.9, gt=0, le=1)
+    """Share of the teacher's score that the student has to keep."""
+    batch_size: int = Field(gt=0)
+    """Unlabelled rows of this capability in one optimizer step."""
+    snr_db: float | None = None
+    """Noise added to audio at load, as signal-to-noise ratio; None adds none."""
+    keywords: tuple[str, ...] = ()
+    """Words that send a row to `towers` when the router is unsure."""
+
+    @model_validator(mode="after")
+    def _keywords_need_a_tower(self) -> DataConfig:
+        if self.keywords and not self.towers:
+            raise ValueError(f"keywords of capability {self.capability!r} have no effect without towers; remove them")
+        return self
+
+
+class QuarantineConfig(StrictModel):
+    """What happens to rows that cannot be read."""
+
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """A run stops when more than this share of a file's rows is bad."""
+
+
+# --- student ------------------------------------------------------------------------------------------------------------------
+
+
+class StudentConfig(StrictModel):
+    """The student: a preset of configs/student and the tokenizer it speaks."""
+
+    preset: str = "quickstart"
+    """Name of a file in configs/student, without its ending."""
+    tokenizer: str
+    """Id of the teacher whose tokenizer the student takes over; that teacher's token distributions then need no alignment."""
+    max_length: int = Field(256, gt=0)
+    """Longest prompt plus completion, in student tokens; longer rows are quarantined."""
+
+
+# --- stages -------------------------------------------------------------------------------------------------------------------
+
+
+class ProfileConfig(StrictModel):
+    """NIWT layer profiling."""
+
+    max_samples: int = Field(256, gt=0)
+    batch_size: int = Field(32, gt=0)
+    strategy: Literal["auto", "brute", "prefix", "triangular"] = "auto"
+
+
+class ExtractConfig(StrictModel):
+    """Feature extraction: the teachers' answers to the unlabelled prompts, written once to Parquet."""
+
+    batch_size: int = Field(128, gt=0)
+    rows_per_file: int = Field(2048, gt=0)
+
+
+class RecoverySection(StrictModel):
+    """Loss-spike detection and rollback."""
+
+    snapshot_every: int = Field(50, gt=0)
+    """Steps between in-memory snapshots."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Rollbacks allowed in 1,000 steps before the run stops with its last good state."""
+
+
+class VarianceSection(StrictModel):
+    """The variance penalty across teachers (V-REx with importance weights)."""
+
+    mode: Literal["variance", "std"] = "variance"
+    penalty: float = Field(1.0, ge=0)
+    ramp_steps: int = Field(500, gt=0)
+    warmup_steps: int = Field(32, gt=0)
+
+
+class SurgerySection(StrictModel):
+    """Projection of conflicting teacher gradients on the adapters' and trunk's parameters."""
+
+    method: Literal["none", "upgrad", "pcgrad"] = "none"
+    every: int = Field(10, gt=0)
+    """Steps between two surgeries."""
+
+    @model_validator(mode="after")
+    def _every_needs_a_method(self) -> SurgerySection:
+        if self.method == "none" and "every" in self.model_fields_set:
+            raise ValueError("every has no effect while method is none; remove it or choose upgrad or pcgrad")
+        return self
+
+
+class DistillConfig(StrictModel):
+    """The distillation loop."""
+
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    temperature: float = Field(2.0, gt=0)
+    """Softmax temperature of the distillation loss, for teachers and student alike."""
+    top_k: int = Field(64, gt=0)
+    """Kept ids per scored token; the rest travels as one tail mass."""
+    response_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy on a teacher's own answers, where its vocabulary is not the student's."""
+    gold_weight: float = Field(0.5, ge=0)
+    """Weight of the cross-entropy on labelled rows."""
+    labelled_batch_size: int = Field(4, gt=0)
+    """Labelled rows of each capability in one optimizer step."""
+    anchor_start: float = Field(1.0, ge=0)
+    anchor_end: float = Field(0.3, ge=0)
+    """The hidden-state anchor's weight decays from start to end along a cosine."""
+    window: int = Field(3, gt=0)
+    """Steps whose teacher targets are in flight while the student trains."""
+    target_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait for one batch of targets before it is asked for again."""
+    max_retries: int = Field(3, ge=0)
+    """Repeats of one batch after a teacher died or timed out."""
+    checkpoint_every: int = Field(100, gt=0)
+    variance: VarianceSection = VarianceSection()
+    surgery: SurgerySection = SurgerySection()
+    recovery: RecoverySection = RecoverySection()
+    labels_only: bool = True
+    """Also train the same student on the labelled rows alone, for comparison."""
+
+
+class RouterConfig(StrictModel):
+    """Training of the sparse intent router on the frozen student's embedding."""
+
+    steps: int = Field(300, gt=0)
+    batch_size: int = Field(64, gt=0)
+    learning_rate: float = Field(3.0e-3, gt=0)
+    max_rows: int = Field(500, gt=0)
+    """Pool rows of each capability that the router learns from; a fifth of them calibrates it."""
+    max_risk: float = Field(0.05, gt=0, lt=1)
+    """Largest risk of a wrong confident decision that the threshold admits, at 95 % confidence."""
+
+
+class EvaluateConfig(StrictModel):
+    """Held-out evaluation."""
+
+    max_rows: int = Field(500, gt=0)
+    batch_size: int = Field(100, gt=0)
+    bootstrap: int = Field(2000, gt=0)
+    num_samples: int = Field(6, ge=0)
+    """Rows of each capability that the report shows side by side."""
+
+
+class ClusterConfig(StrictModel):
+    """The local Ray instance that is started when no cluster is joined."""
+
+    num_cpus: int = Field(4, gt=1)
+    """Logical CPUs; Ray Data needs at least 2 that no actor holds."""
+    object_store_mib: int = Field(256, ge=80)
+    torch_threads: int = Field(1, gt=0)
+    """Threads of each actor's tensor operations."""
+
+
+class RunConfig(StrictModel):
+    """One run, from Parquet to report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    student: StudentConfig
+    quarantine: QuarantineConfig = QuarantineConfig()
+    profile: ProfileConfig = ProfileConfig()
+    extract: ExtractConfig = ExtractConfig()
+    distill: DistillConfig
+    router: RouterConfig = RouterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> RunConfig:
+        ids = [teacher.id for teacher in self.teachers]
+        capabilities = [source.capability for source in self.data]
+        for names, what in ((ids, "teacher id"), (capabilities, "capability")):
+            doubles = sorted({name for name in names if names.count(name) > 1})
+            if doubles:
+                raise ValueError(f"each {what} may stand once, found {doubles[0]!r} twice; rename one")
+        if self.student.tokenizer not in ids:
+            raise ValueError(
+                f"student.tokenizer must be the id of a teacher of this run ({', '.join(ids)}), found "
+                f"{self.student.tokenizer!r}{_nearest(self.student.tokenizer, ids)}"
+            )
+        taught = {capability for teacher in self.teachers for capability in teacher.capabilities}
+        for capability in capabilities:
+            if capability not in taught:
+                raise ValueError(
+                    f"capability {capability!r} has data but no teacher lists it{_nearest(capability, sorted(taught))}; "
+                    "add it to a teacher's capabilities or remove the data"
+                )
+        for teacher in self.teachers:
+            for capability in teacher.capabilities:
+                if capability not in capabilities:
+                    raise ValueError(
+                        f"teacher {teacher.id!r} lists capability {capability!r} but no data carry it"
+                        f"{_nearest(capability, capabilities)}; a teacher without rows would starve"
+                    )
+        return self
+
+    def teachers_of(self, capability: str) -> tuple[TeacherConfig, ...]:
+        """The teachers that label rows of `capability`, in the order of the file."""
+        return tuple(teacher for teacher in self.teachers if capability in teacher.capabilities)
+
+    def data_of(self, capability: str) -> DataConfig:
+        """The data section of `capability`."""
+        return next(source for source in self.data if source.capability == capability)
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash of the named top-level sections (all of them when none is named)."""
+        document = self.model_dump(mode="json")
+        return fingerprint_of({key: document[key] for key in (sections or sorted(document))})
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Parse the YAML file `path` with `a.b=c` overrides applied; list items are addressed by index or by their id.
+
+    Raises:
+        ConfigError: one line naming every bad key, what was expected and the nearest known name.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"Expected a configuration at {path}, found no such file. `nexus init` writes one."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected a readable YAML file at {path}, found: {error}.") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
+        problem = getattr(error, "problem", None) or "a syntax error"
+        raise ConfigError(f"Expected YAML in {path}, found {problem}{where}. Mend that line.") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"Expected a mapping at the top of {path}, found {type(document).__name__}.")
+    for override in overrides:
+        _apply_override(document, override)
+    return parse_config(document, source=str(path))
+
+
+def parse_config(document: dict[str, Any], *, source: str) -> RunConfig:
+    """Validate a configuration document; `source` is named in errors.
+
+    Raises:
+        ConfigError: one line naming every bad key.
+    """
+    try:
+        # Through JSON: in strict mode only JSON input may spell a tuple as a list.
+        return RunConfig.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(error))) from None
+    except TypeError as error:
+        raise ConfigError(f"{source}: expected plain YAML values, found {error}.") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    document = config.model_dump(mode="json", exclude_unset=False)
+    if config.distill.surgery.method == "none":
+        # `every` has no effect then, and a setting without effect is refused when read back.
+        document["distill"]["surgery"].pop("every")
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"Expected --set KEY=VALUE, found {override!r}. Example: --set distill.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"Expected a YAML value in --set {override!r}. Quote it.") from None
+    *parents, last = key.split(".")
+    place: Any = document
+    for depth, part in enumerate(parents):
+        place = _descend(place, part, ".".join(parents[: depth + 1]), override)
+    if isinstance(place, list):
+        place[_index(place, last, key, override)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: expected a section above {last!r}, found the value {place!r}.")
+
+
+def _descend(place: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, path, override)]
+    if isinstance(place, dict):
+        if place.get(part) is None:
+            place[part] = {}
+        return place[part]
+    raise ConfigError(f"--set {override!r}: expected a section at {path!r}, found the value {place!r}.")
+
+
+def _index(items: list[Any], part: str, path: str, override: str) -> int:
+    names = [item.get("id", item.get("capability")) if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = [name for name in names if name]
+    raise ConfigError(
+        f"--set {override!r}: expected an index below {len(items)} or one of {', '.join(known)} at {path!r}, found {part!r}."
+    )
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One clause per mistake: where, what was found, what is known."""
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"] if part not in ("registry", "path", "hub") or part == item["loc"][-1])
+        if item["type"] == "extra_forbidden":
+            *_, name = item["loc"]
+            known = _fields_at(RunConfig, item["loc"][:-1])
+            yield f"unknown key {place!r}{_nearest(str(name), known)} (known here: {', '.join(known)})"
+        elif item["type"] == "missing":
+            yield f"key {place!r} is missing"
+        elif item["type"] == "value_error":
+            yield f"{place + ': ' if place else ''}{item['ctx']['error']}"
+        else:
+            yield f"{place!r}: {item['msg']}, found {item['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the schema at an error's location."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        variants = {variant.model_fields["kind"].annotation: variant for variant in (RegistryTeacher, PathTeacher, HubTeacher)}
+        chosen = next((variant for kind, variant in variants.items() if part in get_args(kind)), None)
+        if field is None and chosen is not None:
+            model = chosen
+            continue
+        if field is None:
+            return []
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return sorted(model.model_fields)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f", did you mean {match[0]!r}?" if match else ""

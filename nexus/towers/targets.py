@@ -1,0 +1,86 @@
+"""What a teacher is asked and what it returns: plain frozen dataclasses of NumPy arrays.
+
+Columnar NumPy crosses Ray's object store without a copy (Python lists of the same content are 40-85 times slower). Shape letters:
+B rows, N scored completion tokens of all rows together, K kept ids, P positions (patches, frames), C classes, E embedding width,
+H hidden width of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Rows to score. Text crosses, not ids: each teacher has its own tokenizer."""
+
+    row_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    completions: tuple[str, ...] | None
+    """Text to score under a language model; None for encoders."""
+    media: tuple[bytes, ...] | None
+    """Encoded image or audio bytes per row, for teachers that take media."""
+    temperature: float
+    """Softmax temperature of the returned distributions."""
+    top_k: int
+    layers: tuple[int, ...]
+    """Blocks whose hidden states are returned; empty returns none."""
+    snr_db: float | None = None
+    """Noise added to decoded audio (deterministic per row id)."""
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """Packed distributions over completion tokens (the end-of-sequence token included): top-k with a tail."""
+
+    offsets_B1: np.ndarray
+    """int64 [B+1]; row b owns positions offsets[b]:offsets[b+1]."""
+    token_ids_N: np.ndarray
+    """int32 [N]; the scored tokens themselves, in the teacher's vocabulary."""
+    ids_NK: np.ndarray
+    """int32 [N, K], most probable first."""
+    logprobs_NK: np.ndarray
+    """float32 [N, K], at the request's temperature."""
+    tail_logprob_N: np.ndarray
+    """float32 [N]; log of the mass outside the kept ids (-inf when nothing is outside)."""
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The answer to a `ScoreRequest`, rows in the request's order."""
+
+    teacher: str
+    fingerprint: str
+    """Hash of checkpoint, revision, quantisation, tokenizer and schema; cached rows of another fingerprint are refused."""
+    tokenizer_hash: str | None
+    """Equal hashes mean equal vocabularies: then token ids need no alignment."""
+    row_ids: tuple[str, ...]
+    tokens: TokenTargets | None
+    hidden: Mapping[int, np.ndarray]
+    """Layer -> float16 [N, H] at scored tokens (causal_lm: the state that predicts the token) or [B, P, H] (encoder)."""
+    pooled_BE: np.ndarray | None
+    """float32 [B, E]; an encoder's pooled embedding."""
+    label_texts: tuple[str, ...] | None
+    label_logprobs_BC: np.ndarray | None
+    """float32 [B, C] at the request's temperature; a classification head's distribution."""
+
+    def __eq__(self, other: object) -> bool:
+        """Equality of every field, arrays compared bit by bit."""
+        if not isinstance(other, TeacherTargets):
+            return NotImplemented
+        return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]  # arrays inside
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    if isinstance(a, TokenTargets) and isinstance(b, TokenTargets):
+        return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a == b
