@@ -1,0 +1,147 @@
+"""One teacher as a Ray actor: synchronous, NF4 weights, restartable.
+
+The constructor does nothing that can fail, because Ray never restarts an actor whose constructor raised. `load` is idempotent;
+every other call loads first when it has to, so an actor that Ray restarted heals itself on its next call. All answers are pure
+functions of their request: the pool may repeat a call after a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nexus.towers.targets import ScoreRequest, TeacherTargets
+
+if TYPE_CHECKING:
+    from nexus.data.records import Record
+    from nexus.profiling.niwt import BatchMeasurement
+    from nexus.towers.engine import TaxMeasurement, TeacherEngine
+    from nexus.towers.registry import TeacherSpec
+
+CONTROL_GROUP = "control"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a teacher says after loading."""
+
+    teacher: str
+    fingerprint: str
+    tokenizer_hash: str | None
+    num_params: int
+    quantised_share: float
+    bits_per_param: float
+    max_weight_error: float
+    weight_bytes: int
+    num_layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ActorHealth:
+    """Answer of the control group, also while a forward pass runs."""
+
+    pid: int
+    incarnation: str
+    """Changes when Ray restarted the actor."""
+    loaded: bool
+    calls: int
+    busy_seconds: float
+
+
+class TeacherActor:
+    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`."""
+
+    def __init__(self, spec: TeacherSpec, torch_threads: int) -> None:
+        self._spec = spec
+        self._torch_threads = torch_threads
+        self._engine: TeacherEngine | None = None
+        self._report: LoadReport | None = None
+        self._incarnation = f"{os.getpid()}-{time.time_ns()}"
+        self._calls = 0
+        self._busy_seconds = 0.0
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs and on its dashboard."""
+        return f"TeacherActor({self._spec.id})"
+
+    def load(self) -> LoadReport:
+        """Load and quantise the weights once; called again it returns the first report.
+
+        Raises:
+            TowerLoadError: when the checkpoint does not satisfy its entry.
+        """
+        self._loaded()
+        assert self._report is not None
+        return self._report
+
+    def score(self, request: ScoreRequest) -> TeacherTargets:
+        """Targets for the trainer."""
+        return self._timed(len(request.row_ids), lambda engine: engine.score(request))
+
+    def generate(self, prompts: tuple[str, ...], max_new_tokens: int) -> tuple[str, ...]:
+        """Greedy completions of a language model."""
+        return self._timed(len(prompts), lambda engine: engine.generate(prompts, max_new_tokens=max_new_tokens))
+
+    def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
+        """The teacher's answer to each row as text, whatever its role."""
+        return self._timed(
+            len(records), lambda engine: engine.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+        )
+
+    def measure(self, records: Sequence[Record], strategy: str, snr_db: float | None) -> BatchMeasurement:
+        """Layer-ablation measurement of one batch."""
+        return self._timed(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+
+    def tax(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> TaxMeasurement:
+        """Float original against NF4 on the same rows; the float copy is dropped afterwards."""
+        return self._timed(
+            len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+        )
+
+    def health(self) -> ActorHealth:
+        """Pid, incarnation and counters; call it in the control group."""
+        return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+
+    def _timed(self, rows, call):  # type: ignore[no-untyped-def]  # one generic line; the callers above are typed
+        engine = self._loaded()
+        start = time.perf_counter()
+        result = call(engine)
+        seconds = time.perf_counter() - start
+        self._calls += 1
+        self._busy_seconds += seconds
+        self._metrics.answered(rows, seconds)
+        return result
+
+    def _loaded(self) -> TeacherEngine:
+        if self._engine is None:
+            import torch
+
+            from actors.metrics import TeacherMetrics
+            from nexus.towers.engine import TeacherEngine
+            from nexus.towers.loader import load_tower
+
+            torch.set_num_threads(self._torch_threads)
+            start = time.perf_counter()
+            tower = load_tower(self._spec)
+            engine = TeacherEngine(tower, teacher_id=self._spec.id)
+            weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
+            self._report = LoadReport(
+                teacher=self._spec.id,
+                fingerprint=tower.fingerprint,
+                tokenizer_hash=engine.tokenizer_hash,
+                num_params=tower.coverage.total_params,
+                quantised_share=tower.coverage.share,
+                bits_per_param=tower.coverage.bits_per_param,
+                max_weight_error=tower.coverage.max_weight_error,
+                weight_bytes=weight_bytes,
+                num_layers=engine.num_layers,
+                seconds=time.perf_counter() - start,
+            )
+            self._metrics = TeacherMetrics(self._spec.id)
+            self._metrics.loaded(weight_bytes)
+            self._engine = engine
+        return self._engine
