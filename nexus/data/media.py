@@ -1,0 +1,78 @@
+"""Decodes the media of a record (image and audio bytes) and adds the noise that sample recordings are heard with.
+
+Decoding turns whatever the libraries raise into a `DataError` of one line, so that a bad row can be quarantined with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import numpy as np
+import soundfile
+from PIL import Image
+from scipy.signal import resample_poly
+
+from nexus.errors import DataError
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Returns the image as a fully loaded RGB image.
+
+    Args:
+        data: an image file's bytes, in any format that Pillow reads.
+
+    Raises:
+        DataError: when the bytes are not an image, or a damaged one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    # Pillow's decoders raise these for unknown formats, truncated files and decompression bombs; SyntaxError is its word for a broken PNG.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(_unreadable("an image file such as PNG or JPEG", data, error)) from error
+
+
+def decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
+    """Returns the recording as float32 mono samples [T] at `sampling_rate` hertz, channels averaged, resampled when needed.
+
+    Args:
+        data: an audio file's bytes, in any format that libsndfile reads (WAV, FLAC, OGG, MP3).
+        sampling_rate: hertz, at least 1.
+
+    Raises:
+        DataError: when the bytes are no audio, are damaged, or hold no sample.
+    """
+    try:
+        samples_TC, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, ValueError) as error:
+        raise DataError(_unreadable("an audio file such as WAV, FLAC or OGG", data, error)) from error
+    if len(samples_TC) == 0:
+        raise DataError(_unreadable("an audio file such as WAV, FLAC or OGG", data, "it holds no sample"))
+    samples_T = samples_TC.mean(axis=1)
+    if rate != sampling_rate:
+        factor = np.gcd(rate, sampling_rate)
+        samples_T = resample_poly(samples_T, sampling_rate // factor, rate // factor)
+    return samples_T.astype(np.float32)
+
+
+def add_noise(waveform: np.ndarray, row_id: str, snr_db: float) -> np.ndarray:
+    """Returns the waveform [T] plus white Gaussian noise, float32; a row is given the same noise whenever and wherever it is loaded.
+
+    The generator is seeded by the first 8 bytes of the row id's SHA-256. The noise's power is that of the whole waveform divided by
+    10^(snr_db / 10); silence therefore stays silent.
+
+    Args:
+        waveform: float mono samples [T].
+        row_id: the record's id.
+        snr_db: signal-to-noise ratio in decibels.
+    """
+    seed = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big")
+    noise_T = np.random.default_rng(seed).standard_normal(len(waveform))
+    power = np.mean(np.square(waveform, dtype=np.float64))
+    return (waveform + noise_T * np.sqrt(power / 10 ** (snr_db / 10))).astype(np.float32)
+
+
+def _unreadable(expected: str, data: bytes, reason: object) -> str:
+    start = " ".join(str(reason).split())
+    return f"expected {expected}; found {len(data)} bytes that cannot be decoded ({start}); replace the file or drop the row"
