@@ -1,0 +1,98 @@
+"""Checkpoints of a training run: a folder per step, complete or absent.
+
+`checkpoints/step-00000100/` holds `student.safetensors` (weights), `state.pt` (optimizer, schedule, recovery, cursor, RNG: plain
+tensors and numbers, read back with `weights_only=True`) and `manifest.json` (sha256 of both). The folder is written under another
+name and renamed last, so a killed process leaves the previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nexus.artifacts import StrictModel, read_artifact, sha256_of, write_artifact
+from nexus.errors import ArtifactError
+
+_FOLDER = re.compile(r"step-(\d{8})")
+WEIGHTS_FILE = "student.safetensors"
+STATE_FILE = "state.pt"
+MANIFEST_FILE = "manifest.json"
+
+
+class CheckpointManifest(StrictModel):
+    """manifest.json of one checkpoint."""
+
+    step: int
+    fingerprint: str
+    """Hash of the configuration sections that training depends on."""
+    files: dict[str, str]
+    """File name -> sha256."""
+
+
+def save_checkpoint(
+    directory: Path, *, step: int, fingerprint: str, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write one checkpoint below `directory` and drop all but the newest `keep`.
+
+    Raises:
+        ArtifactError: when the disk refuses.
+    """
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}, temporary / WEIGHTS_FILE)
+        torch.save(dict(state), temporary / STATE_FILE)
+        files = {name: sha256_of(temporary / name) for name in (WEIGHTS_FILE, STATE_FILE)}
+        write_artifact(temporary / MANIFEST_FILE, CheckpointManifest(step=step, fingerprint=fingerprint, files=files))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ArtifactError(
+            f"Expected to write the checkpoint {final}, found: {error}. Free disk space and run the same command again."
+        ) from error
+    for old in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints below `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _FOLDER.fullmatch(path.name))
+
+
+def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """Step, weights and state of the newest checkpoint below `directory`; None when there is none.
+
+    Raises:
+        ArtifactError: when it is damaged, or belongs to a run with another configuration.
+    """
+    found = list_checkpoints(directory)
+    if not found:
+        return None
+    newest = found[-1]
+    manifest = read_artifact(newest / MANIFEST_FILE, CheckpointManifest)
+    if manifest.fingerprint != fingerprint:
+        raise ArtifactError(
+            f"Expected {newest} to belong to this configuration ({fingerprint}), found {manifest.fingerprint}. "
+            "Choose another --out, or delete the folder to train anew."
+        )
+    for name, digest in manifest.files.items():
+        path = newest / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise ArtifactError(f"Expected {path} as its manifest describes it, found another or no file. Delete {newest}.")
+    state = torch.load(newest / STATE_FILE, weights_only=True, map_location="cpu")
+    return manifest.step, load_file(newest / WEIGHTS_FILE), state
