@@ -3,7 +3,8 @@
 The settings are a strict model that travels in the bundle's manifest, so that an exported student prepares its input exactly as it
 was trained to.
 
-Shape letters: B rows, C channels, H height, W width, S samples, T mel frames, M mel bands.
+Shape letters: B rows, C channels, H height, W width, S samples, T mel
+frames, M mel bands.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from nexus.adapters.audio import log_mel
 from nexus.artifacts import StrictModel
 from nexus.data.media import add_noise, decode_audio, decode_image
 
@@ -38,9 +40,9 @@ class AudioPreprocessing(StrictModel):
     seconds: float = Field(gt=0)
     """Longer recordings are cut, shorter ones padded with zeros and masked."""
     num_mels: int = Field(gt=0)
-    n_fft: int = Field(gt=0)
+    window_size: int = Field(gt=0)
     """Samples of one analysis window."""
-    hop_length: int = Field(gt=0)
+    hop_size: int = Field(gt=0)
     """Samples between two frames."""
 
     @property
@@ -75,20 +77,20 @@ def pixel_values(images: Sequence[bytes], config: ImagePreprocessing) -> Tensor:
     return torch.stack(rows)
 
 
-def waveforms(
+def log_mel_features(
     clips: Sequence[bytes],
     config: AudioPreprocessing,
     *,
     row_ids: Sequence[str] | None = None,
     snr_db: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mono samples float32 [B, S], cut or zero-padded to the fixed window, and bool [B, S], True on recorded samples.
+    """Log-mel features float32 [B, M, T] of the fixed window and bool [B, T], True where a frame begins inside the recording.
 
     Args:
         clips: encoded recordings.
         config: the student's settings.
-        row_ids: identify the noise of each row; needed with `snr_db`.
-        snr_db: noise added before the cut (see `nexus.data.media.add_noise`); None adds none.
+        row_ids: whose noise each row gets; needed with `snr_db`.
+        snr_db: noise added before the recording is cut (see `nexus.data.media.add_noise`); None adds none.
 
     Raises:
         DataError: when bytes are no readable recording.
@@ -96,13 +98,17 @@ def waveforms(
     """
     if snr_db is not None and row_ids is None:
         raise ValueError("Expected row_ids beside snr_db, found none: noise belongs to a row. Pass the records' ids.")
-    samples_BS = torch.zeros(len(clips), config.num_samples)
-    mask_BS = torch.zeros(len(clips), config.num_samples, dtype=torch.bool)
+    waveforms = []
     for row, data in enumerate(clips):
         samples_S = decode_audio(data, config.sampling_rate)
         if snr_db is not None and row_ids is not None:
             samples_S = add_noise(samples_S, row_ids[row], snr_db)
-        samples_S = samples_S[: config.num_samples]
-        samples_BS[row, : len(samples_S)] = torch.from_numpy(samples_S)
-        mask_BS[row, : len(samples_S)] = True
-    return samples_BS, mask_BS
+        waveforms.append(torch.from_numpy(samples_S[: config.num_samples]))
+    return log_mel(
+        waveforms,
+        num_samples=config.num_samples,
+        sampling_rate=config.sampling_rate,
+        num_mels=config.num_mels,
+        window_size=config.window_size,
+        hop_size=config.hop_size,
+    )
