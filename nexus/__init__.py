@@ -15,12 +15,22 @@ __version__ = "0.1.0"
 """A literal, because a working directory uploaded to a Ray cluster carries no package metadata."""
 
 
-def _register_student(_: ModuleType) -> None:
-    """Adds the student to transformers' Auto classes; runs once per process, after those have been imported."""
-    from nexus.student.core import register_auto_classes
+def _register_config(configuration_auto: ModuleType) -> None:
+    """Makes the student's `model_type` known to AutoConfig, and to whatever finds its class through AutoConfig."""
+    from nexus.student.config import NexusStudentConfig
 
-    register_auto_classes()
+    configuration_auto.AutoConfig.register(NexusStudentConfig.model_type, NexusStudentConfig, exist_ok=True)
 
 
-# modeling_auto imports configuration_auto first, so by then both registries exist.
-wrapt.register_post_import_hook(_register_student, "transformers.models.auto.modeling_auto")
+def _register_model(modeling_auto: ModuleType) -> None:
+    """Makes AutoModelForCausalLM build the student for its configuration."""
+    from nexus.student.config import NexusStudentConfig
+    from nexus.student.core import NexusStudentCore
+
+    modeling_auto.AutoModelForCausalLM.register(NexusStudentConfig, NexusStudentCore, exist_ok=True)
+
+
+# Each runs once, at the import of the module it names, or now if that was imported before. The two are separate because
+# modeling_auto imports configuration_auto first, at a moment when the model's registry does not exist yet.
+wrapt.register_post_import_hook(_register_config, "transformers.models.auto.configuration_auto")
+wrapt.register_post_import_hook(_register_model, "transformers.models.auto.modeling_auto")

@@ -1,0 +1,77 @@
+# The commands of this repository; `make help` lists them. Every target that needs .venv makes it first.
+# PYTHON=python3.12 chooses the interpreter of a new .venv, FRESH=1 rebuilds an existing one.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test quickstart lint format types security coverage bench samples lock clean
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= runs/quickstart
+SEEDS ?= 3
+
+# No model hub in tests or in the quickstart, whose teachers and data ship with the tree.
+export HF_HUB_OFFLINE := 1
+# Ray's dashboard runs code that is posted to it; with a token only this user can.
+export RAY_AUTH_MODE := token
+# glibc gives freed blocks back to the system and asks for them again at every step; read when Python starts.
+# 256 MiB is above every tensor of the quickstart.
+MALLOC := MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=268435456
+# The parts whose every line and branch a test has to reach.
+CORE := nexus/student/*,nexus/adapters/*,nexus/training/*,nexus/profiling/*,nexus/towers/*
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv from constraints.txt (CPU build of torch unless there is a GPU)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh nexus/__init__.py
+	@PYTHON="$(PYTHON)" FRESH="$(FRESH)" scripts/setup.sh
+	@touch $@
+
+ifdef FRESH
+.PHONY: $(STAMP)
+endif
+
+test: $(STAMP) ## Run the whole suite with coverage; the core has to reach 100 % of lines and branches
+	@$(BIN)/python -m pytest --cov --cov-report=
+	@$(BIN)/python -m coverage report --format=total | sed 's/^/coverage of nexus, actors and jobs: /; s/$$/ %/'
+	@$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=100
+
+coverage: $(STAMP) ## Show what the last `make test` did not reach, also as htmlcov/index.html
+	@$(BIN)/python -m coverage html -q
+	@$(BIN)/python -m coverage report
+
+quickstart: $(STAMP) ## Distil four small teachers into one student: minutes on two cores; ends with the table and the report
+	@$(MALLOC) $(BIN)/nexus quickstart --out $(OUT)
+
+lint: $(STAMP) ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Rewrite files to pass `make lint`
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP) ## Check types, strictly
+	@$(BIN)/mypy
+
+security: $(STAMP) ## Look for unsafe code, known vulnerabilities, secrets and machine paths
+	@$(BIN)/bandit -q -c pyproject.toml -r nexus actors jobs scripts
+	@$(BIN)/python scripts/audit.py
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_repository.py -k "secret or path or host"
+
+bench: $(STAMP) ## Run the benchmarks (long); benchmarks/quickstart.py gives the median of SEEDS seeds
+	@for script in benchmarks/*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
+
+samples: $(STAMP) ## Rebuild the sample data and teachers (long; needs espeak-ng)
+	@for script in nexus/data/samples/make_*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
+
+lock: $(STAMP) ## Renew constraints.txt for all Pythons (needs uv); rerun the tests before committing it
+	@scripts/lock.sh
+
+clean: ## Remove what checks and builds left behind; keeps .venv and runs
+	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
