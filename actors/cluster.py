@@ -45,6 +45,8 @@ class ClusterSession:
     namespace: str
     description: str
     node_id: str
+    session_name: str
+    """Name of Ray's session folder; every process of the cluster carries it in its command line or descends from one."""
 
 
 def resolve_cluster(cluster: str) -> ClusterTarget:
@@ -173,4 +175,5 @@ def connect(
         f"{resources.get('GPU', 0):g} GPUs, auth {os.environ.get('RAY_AUTH_MODE', 'as the cluster')}"
         + (f", dashboard http://{dashboard_url}" if dashboard_url else "")
     )
-    return ClusterSession(target, namespace, description, ray.get_runtime_context().get_node_id())
+    session_name = Path(context.address_info["session_dir"]).name
+    return ClusterSession(target, namespace, description, ray.get_runtime_context().get_node_id(), session_name)

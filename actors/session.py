@@ -1,0 +1,210 @@
+"""What the stages of one command share, made when first needed: the cluster, the loaded teachers, the memory meter.
+
+A stage that finds its work done never starts Ray. Everything that a session started ends with it: its actors are not detached, and
+a local cluster is shut down.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_environment, resolve_cluster
+from actors.memory import MemoryMeter
+from nexus.config import RunConfig
+from nexus.run import EVENTS_FILE, EventLog, RunDirectory
+
+if TYPE_CHECKING:
+    from actors.pool import TeacherPool
+    from actors.teacher import LoadReport
+
+logger = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 1800.0
+"""A 30B checkpoint quantises at 10-24 million parameters per second and core."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; like KeyboardInterrupt it is no Exception, so that no handler of errors swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+class Reporter:
+    """Tells a person what happens; `jobs.cli` prints it. The base class is silent."""
+
+    def line(self, text: str) -> None:
+        """One line of news."""
+
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """How far a stage is."""
+
+
+class Session:
+    """One command's run directory and lazily made cluster."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        *,
+        cluster: str,
+        dashboard: bool,
+        reporter: Reporter,
+        models_dir: Path | None = None,
+    ) -> None:
+        """Resolves `cluster` and claims `out`, but starts nothing."""
+        self.config = config
+        self.reporter = reporter
+        self.target: ClusterTarget = resolve_cluster(cluster)
+        self.run = RunDirectory(out.resolve(), config)
+        self.events = EventLog(self.run.path / EVENTS_FILE)
+        self.memory = MemoryMeter()
+        self._dashboard = dashboard
+        self._models_dir = models_dir
+        self._cluster: ClusterSession | None = None
+        self._pool: TeacherPool | None = None
+        self._reports: dict[str, LoadReport] = {}
+
+    def __enter__(self) -> Session:
+        """Begin to measure memory and to watch for signals."""
+        self.memory.__enter__()
+        _raise_on_signals()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the cluster and free the run directory."""
+        # A second Ctrl-C while leaving would only leave processes behind.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            if self._cluster is not None:
+                import ray
+
+                ray.shutdown()
+        finally:
+            self.memory.__exit__()
+            self.run.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    @property
+    def cluster(self) -> ClusterSession:
+        """The connected cluster, joined or started on first use."""
+        if self._cluster is None:
+            prepare_environment(self.target)
+            settings = self.config.cluster
+            self._cluster = connect(
+                self.target,
+                namespace=f"nexus-{self.config.name}-{time.time_ns():x}",
+                num_cpus=settings.num_cpus,
+                object_store_mib=settings.object_store_mib,
+                torch_threads=settings.torch_threads,
+                dashboard=self._dashboard,
+            )
+            # ray.init replaces the handler of SIGTERM by one that loses the state.
+            _raise_on_signals()
+            self.memory.watch_session(self._cluster.session_name)
+            self.reporter.line(self._cluster.description)
+        return self._cluster
+
+    @property
+    def pool(self) -> TeacherPool:
+        """All teachers of the run, loaded."""
+        if self._pool is None:
+            self.cluster  # noqa: B018  # connects
+            from actors.pool import TeacherPool
+            from nexus.towers.registry import load_registry, resolve_teacher
+
+            registry = load_registry()
+            specs = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
+            start = time.perf_counter()
+            self._pool, self._reports = TeacherPool.start(
+                specs,
+                torch_threads=self.config.cluster.torch_threads,
+                num_gpus=self.gpu_share(len(specs) + 1),
+                window=self.config.distill.window,
+                timeout_s=self.config.distill.target_timeout_s,
+                max_retries=self.config.distill.max_retries,
+                load_timeout_s=LOAD_TIMEOUT_S,
+            )
+            for report in self._reports.values():
+                self.reporter.line(
+                    f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
+                    f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
+                )
+            logger.info("teachers loaded in %.1f s", time.perf_counter() - start)
+        return self._pool
+
+    @property
+    def load_reports(self) -> dict[str, LoadReport]:
+        """What each teacher said after loading."""
+        self.pool  # noqa: B018  # loads
+        return self._reports
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each loaded teacher."""
+        return {teacher: report.fingerprint for teacher, report in self.load_reports.items()}
+
+    def gpu_share(self, sharers: int) -> float:
+        """GPUs of one actor when `sharers` actors divide the cluster's GPUs; 0 without a GPU. Always 1/n: Ray cannot always
+        place other fractions."""
+        self.cluster  # noqa: B018  # connects
+        import ray
+
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return 0.0 if not gpus else 1.0 / -(-sharers // gpus)
+
+    def actor_options(self, name: str) -> dict[str, Any]:
+        """Options of a controlling actor: named, on this node (the run directory is here), holding no CPU."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return {
+            "name": name,
+            "num_cpus": 0,
+            "max_restarts": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
+        }
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for a short piece of work that must not be torn."""
+    caught: list[int] = []
+
+    def remember(signum: int, _frame: FrameType | None) -> None:
+        caught.append(signum)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if caught:
+        raise Interrupted(caught[0])
+
+
+def _raise_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_interrupted)
+
+
+def _raise_interrupted(signum: int, _frame: FrameType | None) -> None:
+    raise Interrupted(signum)

@@ -1,0 +1,399 @@
+"""The stages of a run: profile -> extract -> distill -> route -> evaluate -> export -> report.
+
+Each stage reads the artefacts of the earlier ones from the run directory, writes its own, and last its record; a stage that was
+cut short has no record and continues. `run_stages` brings a run up to a stage, leaving out what is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.session import Interrupted, Session
+from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
+from nexus.config import DataConfig, resolve_path
+from nexus.errors import DataError, StageFailedError
+from nexus.run import STAGES
+
+if TYPE_CHECKING:
+    from actors.dataflow import TeacherWork
+    from nexus.training.objective import TeacherFacts
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "profile": (),
+    "extract": (),
+    "distill": ("profile", "extract"),
+    "route": ("distill",),
+    "evaluate": ("route",),
+    "export": ("evaluate",),
+    "report": ("export",),
+}
+"""Which stages a stage reads from."""
+
+
+def closure(stage: str) -> tuple[str, ...]:
+    """`stage` and everything that it needs, in running order."""
+    wanted = {stage}
+    for name in reversed(STAGES):
+        if name in wanted:
+            wanted.update(NEEDS[name])
+    return tuple(name for name in STAGES if name in wanted)
+
+
+def run_stages(session: Session, last: str, *, inject_spike: str | None = None) -> dict[str, StageRecord]:
+    """Run what is missing up to `last`; returns the records of all stages in running order.
+
+    Raises:
+        NexusError: from the stage that failed; earlier stages stay complete.
+    """
+    records: dict[str, StageRecord] = {}
+    redo: set[str] = set()
+    for stage in closure(last):
+        done = session.run.completed(stage)
+        # A stage whose input was made anew is made anew.
+        if done and not redo.intersection(NEEDS[stage]):
+            session.reporter.line(f"{stage}: complete ({done.seconds:.1f} s, earlier)")
+            records[stage] = done
+            continue
+        session.run.reset(stage)
+        redo.add(stage)
+        session.memory.reset()
+        start = time.perf_counter()
+        outputs, summary = _run(stage, session, inject_spike)
+        records[stage] = session.run.complete(
+            stage,
+            seconds=time.perf_counter() - start,
+            peak_memory_gib=session.memory.peak_gib,
+            outputs=outputs,
+            summary=summary,
+        )
+        news = ", ".join(f"{key} {value}" for key, value in summary.items())
+        session.reporter.line(
+            f"{stage}: done in {records[stage].seconds:.1f} s, {records[stage].peak_memory_gib:.2f} GiB" + (f" ({news})" if news else "")
+        )
+    return records
+
+
+Summary = dict[str, "float | int | str"]
+
+
+def _run(stage: str, session: Session, inject_spike: str | None) -> tuple[list[Path], Summary]:
+    if stage == "distill":
+        return distill(session, inject_spike=inject_spike)
+    stages: dict[str, Callable[[Session], tuple[list[Path], Summary]]] = {
+        "profile": profile,
+        "extract": extract,
+        "route": route,
+        "evaluate": evaluate,
+        "export": export,
+        "report": report,
+    }
+    return stages[stage](session)
+
+
+# --- profile ------------------------------------------------------------------------------------------------------------------
+
+
+def profile(session: Session) -> tuple[list[Path], Summary]:
+    """Measure what skipping each layer of each teacher costs, on labelled rows streamed by Ray Data; one file per teacher."""
+    from actors.dataflow import TeacherWork, stream_answers
+    from nexus.profiling.niwt import consolidate
+
+    config = session.config
+    settings = config.profile
+    works: list[TeacherWork] = []
+    for teacher in config.teachers:
+        for capability in teacher.capabilities:
+            source = config.data_of(capability)
+            if not source.labelled:
+                raise DataError(
+                    f"Expected labelled rows of capability {capability!r} to profile {teacher.id} on, found none. "
+                    f"Name a file under data.{capability}.labelled."
+                )
+            works.append(
+                TeacherWork(
+                    teacher=teacher.id,
+                    capability=capability,
+                    paths=_paths(source.labelled),
+                    skip_rows=0,
+                    max_rows=settings.max_samples,
+                    method="measure",
+                    arguments=(settings.strategy, source.snr_db),
+                    batch_size=settings.batch_size,
+                )
+            )
+    reports = session.load_reports
+    start = time.perf_counter()
+    measurements: dict[str, list[object]] = {teacher.id: [] for teacher in config.teachers}
+    rows = 0
+    for answer in stream_answers(
+        works,
+        quarantine_dir=session.run.path / "quarantine",
+        max_bad_share=config.quarantine.max_bad_share,
+        timeout_s=config.distill.target_timeout_s,
+        max_retries=config.distill.max_retries,
+        name="nexus profile",
+    ):
+        measurements[works[answer.work].teacher].append(answer.result)
+        rows += len(answer.records)
+        session.reporter.progress("profile", rows, rows, works[answer.work].teacher)
+    seconds = time.perf_counter() - start
+    outputs = []
+    summary: Summary = {}
+    for teacher_id, parts in measurements.items():
+        if not parts:
+            raise DataError(f"Expected rows to profile {teacher_id} on, found none readable. See quarantine/ in the run directory.")
+        result: NIWTProfile = consolidate(
+            parts,
+            teacher=teacher_id,
+            revision=reports[teacher_id].fingerprint,
+            strategy=settings.strategy,
+            seconds=seconds,
+            seed=config.seed,
+        )
+        path = session.run.path / "profile" / f"{teacher_id}.json"
+        write_artifact(path, result)
+        outputs.append(path)
+        critical = " ".join(str(layer.layer) for layer in result.critical_layers) or "none"
+        summary[teacher_id] = f"critical layers {critical} of {result.num_layers}"
+    return outputs, summary
+
+
+# --- extract ------------------------------------------------------------------------------------------------------------------
+
+
+def extract(session: Session) -> tuple[list[Path], Summary]:
+    """Let the language teachers answer the unlabelled prompts, once, to Parquet; continued file by file after an interruption."""
+    from actors.dataflow import TeacherWork, stream_answers
+    from nexus.data.targets import TargetWriter
+
+    config = session.config
+    settings = config.extract
+    writers: list[TargetWriter] = []
+    works: list[TeacherWork] = []
+    for teacher, source in _language_assignments(session):
+        writer = TargetWriter(
+            session.run.path / "targets" / teacher,
+            capability=source.capability,
+            fingerprint=session.fingerprints[teacher],
+            rows_per_file=settings.rows_per_file,
+        )
+        if writer.complete:
+            continue
+        writers.append(writer)
+        works.append(
+            TeacherWork(
+                teacher=teacher,
+                capability=source.capability,
+                paths=_paths(source.pool),
+                skip_rows=writer.rows,
+                max_rows=None,
+                method="complete",
+                arguments=(source.max_new_tokens,),
+                batch_size=settings.batch_size,
+            )
+        )
+    if works:
+        done = 0
+        for answer in stream_answers(
+            works,
+            quarantine_dir=session.run.path / "quarantine",
+            max_bad_share=config.quarantine.max_bad_share,
+            timeout_s=config.distill.target_timeout_s,
+            max_retries=config.distill.max_retries,
+            name="nexus extract",
+        ):
+            writers[answer.work].write(answer.records, answer.result)
+            done += len(answer.records)
+            session.reporter.progress("extract", done, done, works[answer.work].teacher)
+        for writer in writers:
+            writer.finish()
+    outputs: list[Path] = []
+    summary: Summary = {}
+    for teacher, source in _language_assignments(session):
+        folder = session.run.path / "targets" / teacher
+        files = TargetWriter.files(folder, source.capability)
+        outputs += files
+        summary[f"{teacher}/{source.capability}"] = f"{TargetWriter.rows_of(folder, source.capability)} rows"
+    return outputs, summary
+
+
+def _language_assignments(session: Session) -> list[tuple[str, DataConfig]]:
+    """Teacher and data of every language teacher, whose completions are generated."""
+    roles = session.roles
+    return [
+        (teacher.id, session.config.data_of(capability))
+        for teacher in session.config.teachers
+        if roles[teacher.id] == "causal_lm"
+        for capability in teacher.capabilities
+    ]
+
+
+# --- distill ------------------------------------------------------------------------------------------------------------------
+
+
+def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[Path], Summary]:
+    """Train the student from its teachers and, beside it, the same student from the labelled rows alone."""
+    import ray
+
+    from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
+    from nexus.training.loop import parse_spike
+
+    config = session.config
+    if inject_spike is not None:
+        parse_spike(inject_spike)
+    profiles = {
+        teacher.id: read_artifact(session.run.path / "profile" / f"{teacher.id}.json", NIWTProfile)
+        for teacher in config.teachers
+    }
+    facts = _teacher_facts(session, profiles)
+    students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
+    actors = {}
+    references = {}
+    share = session.gpu_share(len(config.teachers) + len(students))
+    for student in students:
+        plan = TrainerPlan(
+            config=config,
+            run_dir=str(session.run.path),
+            student=student,
+            teachers=facts,
+            inject_spike=inject_spike if student == "distilled" else None,
+        )
+        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share, "concurrency_groups": {"control": 1}}
+        actors[student] = ray.remote(TrainerActor).options(**options).remote(plan)
+        references[actors[student].train.remote()] = student
+    results = {}
+    pending = list(references)
+    try:
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+            for reference in ready:
+                results[references[reference]] = _train_result(reference, references[reference])
+            progress = [_progress(actor) for name, actor in actors.items() if name not in results]
+            for news in progress:
+                if news is not None:
+                    session.reporter.progress(f"distill {news.student}", news.step, news.steps, news.note)
+    except Interrupted:
+        session.reporter.line("stopping: saving the state of training")
+        for actor in actors.values():
+            actor.request_stop.options(concurrency_group="control").remote()
+        ray.wait(list(references), num_returns=len(references), timeout=STOP_TIMEOUT_S)
+        raise
+    outputs = [session.run.path / name for result in results.values() for name in result.files]
+    main = results["distilled"]
+    summary: Summary = {
+        "steps": main.steps,
+        "student_parameters": main.num_parameters,
+        "skipped": main.skipped,
+        "rollbacks": main.rollbacks,
+        "rows_per_second": round(main.rows / main.seconds, 1) if main.seconds else 0.0,
+        "wait_share": round(main.wait_seconds / main.seconds, 3) if main.seconds else 0.0,
+    }
+    return outputs, summary
+
+
+def _train_result(reference, student):  # type: ignore[no-untyped-def]  # Ray's references are untyped
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    from nexus.errors import NexusError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, NexusError):
+            raise error.cause from None
+        raise
+    except RayActorError:
+        raise StageFailedError(
+            f"The trainer of the {student} student died (killed, or out of memory). Its checkpoints are kept: run the same command again."
+        ) from None
+
+
+def _progress(actor):  # type: ignore[no-untyped-def]
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        return ray.get(actor.progress.options(concurrency_group="control").remote(), timeout=5)
+    except (GetTimeoutError, RayError):
+        return None  # the train() reference tells what happened
+
+
+def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tuple[TeacherFacts, ...]:
+    from nexus.training.objective import TeacherFacts
+
+    reports = session.load_reports
+    student_hash = reports[session.config.student.tokenizer].tokenizer_hash
+    return tuple(
+        TeacherFacts(
+            id=teacher.id,
+            role=session.roles[teacher.id],
+            importance=teacher.importance,
+            shares_tokenizer=reports[teacher.id].tokenizer_hash == student_hash,
+            hidden_size=reports[teacher.id].hidden_size,
+            label_texts=reports[teacher.id].label_texts,
+            fingerprint=reports[teacher.id].fingerprint,
+            critical_layers=tuple((item.layer, item.weight) for item in profiles[teacher.id].critical_layers)
+            if teacher.anchor
+            else (),
+        )
+        for teacher in session.config.teachers
+    )
+
+
+# --- route, evaluate ----------------------------------------------------------------------------------------------------------
+
+
+def route(session: Session) -> tuple[list[Path], Summary]:
+    """Train and calibrate the router on the frozen student's embedding of pool prompts."""
+    result = session.student_call("train_router")
+    return [session.run.path / name for name in result.files], {
+        "threshold": round(result.threshold, 3),
+        "calibration_risk": round(result.risk, 4),
+    }
+
+
+def evaluate(session: Session) -> tuple[list[Path], Summary]:
+    """Score teachers and students on held-out rows."""
+    from actors.evaluation import evaluate_run
+
+    outputs, retention = evaluate_run(session)
+    summary: Summary = {
+        f"retention_{name}": round(value.retention, 3) for name, value in retention.items()
+    }
+    return outputs, summary
+
+
+# --- export, report -----------------------------------------------------------------------------------------------------------
+
+
+def export(session: Session) -> tuple[list[Path], Summary]:
+    """Write the standalone bundle."""
+    from actors.evaluation import export_run
+
+    return export_run(session)
+
+
+def report(session: Session) -> tuple[list[Path], Summary]:
+    """Write metrics.json and the HTML report."""
+    from actors.evaluation import write_metrics
+    from nexus.assembly.report import load_report_data, write_report
+
+    write_metrics(session)
+    path = session.run.path / "report.html"
+    write_report(load_report_data(session.run.path), path)
+    return [path], {}
+
+
+def _paths(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Absolute paths: Ray's workers have another working directory."""
+    return tuple(str(resolve_path(text).resolve()) for text in texts)
+
+
+def dump_json(value: object) -> str:
+    """One line of JSON."""
+    return json.dumps(value, sort_keys=True, default=str)
