@@ -1,0 +1,215 @@
+"""Finds the blocks of a transformer and takes over their calls while the model's own forward runs.
+
+A sweep never re-implements a model: masks, rotary embeddings, caches and heads stay the model's. It only decides, at each block,
+what goes in and what comes out. Shape letters: B the rows of the model's call, R the rows given to a block (several ablations of
+each of the B rows), T time, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nexus.errors import ProfilingError
+
+# Where a block's side inputs keep the batch when it is not in front: multi-axis rotary embeddings put their sections before it.
+_BATCH_DIMS = {"position_ids": (-2,), "position_embeddings": (-3, 0)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which row of the model's call each row given to a block takes its masks and positions from."""
+
+    index_R: Tensor
+    batch_size: int
+
+
+class BlockCall:
+    """One call of one block, as the model made it."""
+
+    def __init__(
+        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.index = index
+        self.extras: tuple[Any, ...] | None = None
+        """What the block returned beside its hidden states, if it returns a tuple."""
+        self._forward = forward
+        self._args = args[1:]
+        self._kwargs = dict(kwargs)
+        self.hidden_RTD: Tensor = args[0] if args else self._kwargs.pop("hidden_states")
+
+    def run(self, hidden_RTD: Tensor, rows: Rows | None = None) -> Tensor:
+        """Return the block's hidden output for `hidden_RTD`; without `rows`, side inputs are passed as the model made them."""
+        args, kwargs = self._args, self._kwargs
+        if rows is not None:
+            args = tuple(_select_rows("", value, rows) for value in args)
+            kwargs = {name: _select_rows(name, value, rows) for name, value in kwargs.items()}
+        output = self._forward(hidden_RTD, *args, **kwargs)
+        if isinstance(output, tuple):
+            self.extras = output[1:]
+            return output[0]
+        return output
+
+
+BlockHandler = Callable[[BlockCall], Tensor]
+
+
+class BlockStack:
+    """The ordered blocks of one decoder or encoder, and the dotted path under which its model holds them."""
+
+    def __init__(self, path: str, blocks: Sequence[nn.Module]) -> None:
+        self.path = path
+        self.blocks = tuple(blocks)
+        # Only blocks that return tuples need it: a skipped block repeats the extras of its last real call.
+        self._extras: list[tuple[Any, ...] | None] = [None] * len(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @contextmanager
+    def intercept(self, handler: BlockHandler) -> Iterator[list[int]]:
+        """Let `handler` compute every block's hidden output until the context ends; yields the number of calls per block.
+
+        The blocks' forward is shadowed on the instances, so that hooks of the caller, of accelerate and of quantisers go on
+        working, and is given back even after an exception.
+        """
+        calls = [0] * len(self.blocks)
+        shadowed: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        try:
+            for index, block in enumerate(self.blocks):
+                shadowed.append((block, block.__dict__.get("forward")))
+                block.__dict__["forward"] = self._shadow(index, block.forward, handler, calls)
+            yield calls
+        finally:
+            for block, original in shadowed:
+                if original is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = original
+
+    def _shadow(
+        self, index: int, forward: Callable[..., Any], handler: BlockHandler, calls: list[int]
+    ) -> Callable[..., Any]:
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            calls[index] += 1
+            call = BlockCall(index, forward, args, kwargs)
+            hidden_RTD = handler(call)
+            if call.extras is not None:
+                self._extras[index] = call.extras
+            extras = self._extras[index]
+            return hidden_RTD if extras is None else (hidden_RTD, *extras)
+
+        return shadow
+
+    def require_called_once(self, calls: Sequence[int]) -> None:
+        """Raise ProfilingError unless the model's forward went through every block exactly once."""
+        if any(count != 1 for count in calls):
+            raise ProfilingError(
+                f"Expected one forward of the model to call each of the {len(self)} blocks at '{self.path}' once, found calls "
+                f"{list(calls)}: these blocks do not process this input. Pass layers= with the path of the blocks that do."
+            )
+
+    def require_effect(self, readings_V: Tensor) -> None:
+        """Raise ProfilingError when no ablation moved any reading.
+
+        Args:
+            readings_V: [L+1, ...] finite numbers read off the model's output, the clean ones first.
+        """
+        clean, ablated = readings_V[:1], readings_V[1:]
+        # Rows computed in one stacked matrix product may differ in the last bits although nothing was ablated.
+        if (ablated - clean).abs().max() <= 1e-6 * clean.abs().max():
+            raise ProfilingError(
+                f"Expected skipping a block at '{self.path}' to change the model's output, found that none of {len(self)} "
+                "ablations changes anything. Pass layers= with the path of the blocks that process this input."
+            )
+
+
+def find_blocks(model: PreTrainedModel, layers: str | Sequence[nn.Module] | None = None) -> BlockStack:
+    """Return the blocks to profile: the text decoder's in multimodal models, the encoder's in encoders.
+
+    Args:
+        model: any transformers model.
+        layers: the blocks themselves or their dotted path inside `model`; None finds them: the longest `ModuleList` inside
+            `get_decoder()`, or failing that `get_encoder()`, whose elements are transformer blocks.
+
+    Raises:
+        ProfilingError: nothing fits, or `layers` names no list of modules.
+    """
+    if isinstance(layers, str):
+        try:
+            found = model.get_submodule(layers)
+        except AttributeError as error:
+            raise ProfilingError(
+                f"Expected blocks at layers='{layers}', found no such module in {_name(model)}."
+            ) from error
+        if not isinstance(found, nn.ModuleList) or len(found) == 0:
+            raise ProfilingError(f"Expected a list of blocks at layers='{layers}', found a {type(found).__name__}.")
+        return BlockStack(layers, list(found))
+    if layers is not None:
+        blocks = list(layers)
+        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
+            raise ProfilingError("Expected layers= to be None, a dotted path or a sequence of modules, found neither.")
+        return BlockStack(_path_of(model, blocks[0]), blocks)
+    for base in (model.get_decoder(), model.get_encoder()):
+        candidates = [module for module in base.modules() if _is_block_list(module)]
+        if candidates:
+            # max keeps the first of equals: the outermost list.
+            longest = max(candidates, key=len)
+            return BlockStack(_path_of(model, longest[0]), list(longest))
+    raise ProfilingError(
+        f"Expected transformer blocks in the decoder or encoder of {_name(model)}, found no list of them. Pass their dotted "
+        "path as layers=."
+    )
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the body in eval mode without gradients; training flags and the random state come back whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    cuda = sorted({parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"})
+    # no_grad and not inference_mode: quantised modules initialise state in their first forward, which training reuses later.
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(element, GradientCheckpointingLayer) for element in module)
+    )
+
+
+def _path_of(model: nn.Module, block: nn.Module) -> str:
+    """Return the dotted path of the list that holds `block` ('' when the model does not hold it)."""
+    return next((name.rpartition(".")[0] for name, module in model.named_modules() if module is block), "")
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _select_rows(name: str, value: Any, rows: Rows) -> Any:
+    if isinstance(value, Tensor):
+        for dim in _BATCH_DIMS.get(name, (0,)):
+            # One-dimensional tensors (cache positions) count time.
+            if max(2, -dim) <= value.ndim and value.shape[dim] == rows.batch_size:
+                return value.index_select(dim, rows.index_R)
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_select_rows(name, element, rows) for element in value)
+    if type(value) is dict:
+        return {key: _select_rows(key, element, rows) for key, element in value.items()}
+    return value

@@ -1,0 +1,145 @@
+"""Greedy answers to a set of questions, in batches, scored on the answer alone.
+
+Prompts are padded on the left and masked, so that neither the batch size nor a prompt's neighbours change its prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nexus.profiling.layers import undisturbed
+
+AnswerPattern = Literal["gsm8k", "exact"]
+
+# GSM8K writes "... #### 1,234"; whatever a model goes on to say is on later lines.
+_FINAL_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Predictions in the order of the prompts."""
+
+    predictions: tuple[str, ...]
+    """The whole completions as text, special tokens left out."""
+    correct: tuple[bool, ...]
+    accuracy: float
+    """Share of correct rows."""
+    answers: tuple[str | None, ...]
+    """What `extract_answer` found in each prediction; None where it found nothing."""
+
+
+def extract_answer(text: str, pattern: AnswerPattern) -> str | None:
+    """Return the answer that `text` gives, normalised so that equal answers are equal strings.
+
+    Args:
+        text: a completion, or a gold answer.
+        pattern: "exact" takes all of the stripped text; "gsm8k" the rest of the line after the first `####`, numbers without
+            currency signs, thousands separators, a closing full stop or trailing zeros.
+
+    Returns:
+        None when there is no (non-empty) answer.
+    """
+    if pattern == "exact":
+        return text.strip() or None
+    match = _FINAL_ANSWER.search(text)
+    return None if match is None else _normalised_number(match.group(1)) or None
+
+
+def evaluate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    answer_pattern: AnswerPattern = "gsm8k",
+) -> EvaluationResult:
+    """Generate greedily for every prompt and score the answers; `model` is left as it was found.
+
+    Args:
+        prompts: complete prompts (a chat template already applied), at least one.
+        answers: gold answers, one per prompt; under "gsm8k" with or without the `####`.
+        batch_size: prompts per `generate`; changes the speed, not the predictions.
+
+    Raises:
+        ValueError: lengths differ, there is no prompt, or a prompt or gold answer is empty.
+    """
+    if len(prompts) != len(answers) or not prompts:
+        raise ValueError(f"Expected one answer per prompt and at least one, found {len(prompts)} and {len(answers)}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected batch_size of at least 1, found {batch_size}.")
+    gold = [_gold_answer(answer, answer_pattern) for answer in answers]
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for row, (answer, ids) in enumerate(zip(gold, encoded, strict=True)):
+        if answer is None or not ids:
+            raise ValueError(
+                f"Expected a non-empty prompt and answer in every row, found row {row} without. Leave it out."
+            )
+    predictions = [""] * len(prompts)
+    # Prompts of similar length share a batch, which saves padding.
+    order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
+    with undisturbed(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            completions = _generate(model, tokenizer, [encoded[row] for row in rows], max_new_tokens)
+            for row, completion in zip(rows, completions, strict=True):
+                predictions[row] = completion
+    found = tuple(extract_answer(prediction, answer_pattern) for prediction in predictions)
+    correct = tuple(a == b for a, b in zip(found, gold, strict=True))
+    return EvaluationResult(tuple(predictions), correct, sum(correct) / len(correct), found)
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    pad_id = _pad_id(model, tokenizer)
+    width = max(len(row) for row in ids)
+    input_ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], device=model.device)
+    mask_BT: Tensor = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    generated = model.generate(
+        input_ids=input_ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad_id,
+    )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in generated[:, width:]]
+
+
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with; masked before the prompt, and after the end of sequence cut off as a special token."""
+    eos = model.generation_config.eos_token_id
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, eos if isinstance(eos, int) else None):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _gold_answer(answer: str, pattern: AnswerPattern) -> str | None:
+    if pattern == "gsm8k" and "####" not in answer:
+        return _normalised_number(answer) or None
+    return extract_answer(answer, pattern)
+
+
+def _normalised_number(text: str) -> str:
+    """Return a canonical spelling of a number; other text only stripped."""
+    stripped = text.strip()
+    digits = stripped.replace(",", "").replace("$", "").rstrip(".").strip()
+    try:
+        number = Decimal(digits)
+    except InvalidOperation:
+        return stripped
+    if not number.is_finite():
+        return stripped
+    # "f" without normalising first would keep 18.00; normalising alone would write 1E+3 and -0.
+    return format(number.normalize() + 0, "f")
