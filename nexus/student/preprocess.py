@@ -3,8 +3,8 @@
 The settings are a strict model that travels in the bundle's manifest, so that an exported student prepares its input exactly as it
 was trained to.
 
-Shape letters: B rows, C channels, H height, W width, S samples, T mel
-frames, M mel bands.
+Shape letters: B rows, C channels, H height, W width, S samples, T mel frames,
+M mel bands.
 """
 
 from __future__ import annotations
