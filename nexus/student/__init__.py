@@ -1,0 +1,1 @@
+"""The student: trunk (core), router, and the module that joins them with the adapters (memory)."""
