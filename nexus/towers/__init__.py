@@ -1,0 +1,5 @@
+"""Towers: the teachers, from a row of configs/teachers.yaml to the targets that they return.
+
+registry.py names them, checkpoint.py reads their folders, nf4.py and loader.py hold their weights in NF4, causal_lm.py and encoder.py
+run them, engine.py is what an actor talks to, targets.py is what crosses. Importing this package imports nothing heavy.
+"""

@@ -1,0 +1,45 @@
+"""Reads hidden states where they arise: at the output of chosen blocks, in one ordinary forward.
+
+Hooks and not `output_hidden_states`, whose last entry is taken after the final norm in decoders and before it in some encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nexus.errors import ConfigError
+from nexus.profiling.layers import find_blocks
+
+
+@contextmanager
+def recorded_blocks(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Yields a dict that a forward of `model` fills: layer -> output [B, T, H] of that block (block 0 is the first).
+
+    Raises:
+        ConfigError: a layer that the model does not have.
+    """
+    recorded: dict[int, Tensor] = {}
+    blocks = find_blocks(model).blocks if layers else ()
+    unknown = [layer for layer in layers if not 0 <= layer < len(blocks)]
+    if unknown:
+        raise ConfigError(
+            f"Expected layers of {type(model).__name__} between 0 and {len(blocks) - 1}, found {unknown[0]}. Profile this teacher again."
+        )
+
+    def record(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+            recorded[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(record(layer)) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,271 @@
+"""What a language model gives as a teacher: the distribution of every completion token, the states that predict them, and answers.
+
+Rows are laid out around the border between prompt and completion: prompts are padded on the left, completions on the right, so that
+the scored positions of all rows are the same last columns and only their logits are computed.
+Shape letters: B rows, P longest prompt, C longest completion with its end token, N scored tokens, K kept ids, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nexus.towers.blocks import recorded_blocks
+from nexus.towers.rows import RowsError, micro_batches
+from nexus.towers.targets import ScoreRequest, TokenTargets
+
+MAX_LOGIT_ELEMENTS = 2**26
+"""Logits of one micro-batch: 256 MiB in float32, and as much again for their softmax."""
+MAX_POSITIONS = 2**15
+"""Positions of one micro-batch: the widest activations of a 7B model (18,944 wide, bfloat16) then take 1.2 GB."""
+MAX_GENERATION_ROWS = 256
+"""Rows that decode together: beyond it a GPU's decoding gains little, and a finished row waits for the longest one."""
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """One row in the teacher's own ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    """The end-of-sequence token included."""
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt up to where the completion begins: by the tokenizer's chat template, or followed by a line feed without one."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        # The template writes its special tokens itself.
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(prompt + "\n")["input_ids"])
+    # Some tokenizers end every text with their end token, after which a model would have nothing to say.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def tokenise_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> TokenisedRow:
+    """Ids of a prompt and of its completion, tokenised apart, the end-of-sequence token appended."""
+    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    return TokenisedRow(render_prompt(tokenizer, prompt), [*completion_ids, tokenizer.eos_token_id])
+
+
+def score_completions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest
+) -> tuple[TokenTargets, dict[int, np.ndarray]]:
+    """Distributions and hidden states at every completion token, rows in the request's order.
+
+    The softmax runs in float32 on logits / temperature. `hidden` holds the output of each requested block at the position *before*
+    the scored token, float16 [N, H].
+
+    Raises:
+        RowsError: rows that are too long or whose results are not finite.
+    """
+    assert request.completions is not None
+    rows = [tokenise_row(tokenizer, p, c) for p, c in zip(request.prompts, request.completions, strict=True)]
+    _refuse_unfit(model, request.row_ids, [(len(row.prompt_ids), len(row.prompt_ids) + len(row.completion_ids) - 1) for row in rows])
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    top_k = min(request.top_k, vocabulary)
+    ids: list[np.ndarray] = [np.empty(0)] * len(rows)
+    logprobs, tails = list(ids), list(ids)
+    hidden: dict[int, list[np.ndarray]] = {layer: list(ids) for layer in request.layers}
+    bad: dict[str, str] = {}
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    longest = max((len(row.completion_ids) for row in rows), default=1)
+    max_rows = max(1, MAX_LOGIT_ELEMENTS // (longest * vocabulary))
+    for chosen in micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS):
+        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers)
+        packed = pack_topk(batch.logits_NV, top_k=top_k, temperature=request.temperature)
+        finite_N = packed.finite_N.clone()
+        states = {layer: state_NH.to(torch.float16) for layer, state_NH in batch.hidden.items()}
+        for state_NH in states.values():
+            finite_N &= torch.isfinite(state_NH).all(dim=-1)
+        counts = [len(rows[i].completion_ids) for i in chosen]
+        parts = [x.cpu().split(counts) for x in (packed.ids_NK, packed.logprobs_NK, packed.tail_N, finite_N)]
+        state_parts = {layer: state.cpu().split(counts) for layer, state in states.items()}
+        for b, row in enumerate(chosen):
+            ids[row], logprobs[row], tails[row] = (part[b].numpy() for part in parts[:3])
+            for layer, split in state_parts.items():
+                hidden[layer][row] = split[b].numpy()
+            if not parts[3][b].all():
+                first = int((~parts[3][b]).nonzero()[0])
+                bad[request.row_ids[row]] = f"not finite from scored token {first} on"
+    if bad:
+        raise RowsError(
+            "Expected finite results (hidden states within float16) from the teacher for every row; quarantine the rows or profile "
+            "other layers.",
+            {row_id: bad[row_id] for row_id in request.row_ids if row_id in bad},
+        )
+    width = model.config.get_text_config().hidden_size
+    tokens = TokenTargets(
+        offsets_B1=np.cumsum([0, *(len(row.completion_ids) for row in rows)], dtype=np.int64),
+        token_ids_N=np.array([token for row in rows for token in row.completion_ids], dtype=np.int32),
+        ids_NK=_concatenate(ids, (0, top_k), np.int32),
+        logprobs_NK=_concatenate(logprobs, (0, top_k), np.float32),
+        tail_logprob_N=_concatenate(tails, (0,), np.float32),
+    )
+    return tokens, {layer: _concatenate(parts_B, (0, width), np.float16) for layer, parts_B in hidden.items()}
+
+
+@dataclass(frozen=True)
+class PackedTopK:
+    """The K most probable ids of each position and the mass of the rest, on the model's device."""
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Tensor
+    finite_N: Tensor
+    """False where the logits held NaN, infinity, or nothing but -infinity."""
+
+
+def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTopK:
+    """Top-k with a tail: exp(logprobs).sum() + exp(tail) is 1 up to rounding.
+
+    The tail is the log-sum-exp of what was not kept and not log(1 - kept mass), which loses every digit when the kept mass is near 1.
+
+    Args:
+        logits_NV: any float type; divided by the temperature and normalised in float32.
+        top_k: at most V.
+    """
+    scaled_NV = logits_NV.float() / temperature
+    normaliser_N = torch.logsumexp(scaled_NV, dim=-1)
+    kept_NK, ids_NK = scaled_NV.topk(top_k, dim=-1)
+    rest_NV = scaled_NV.scatter(-1, ids_NK, float("-inf"))
+    return PackedTopK(
+        ids_NK=ids_NK.to(torch.int32),
+        logprobs_NK=kept_NK - normaliser_N[:, None],
+        tail_N=torch.logsumexp(rest_NV, dim=-1) - normaliser_N,
+        finite_N=torch.isfinite(normaliser_N),
+    )
+
+
+def generate_greedily(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+) -> tuple[str, ...]:
+    """Greedy completions, in the prompts' order, without special tokens; what stands after the first end token is cut off.
+
+    Raises:
+        RowsError: prompts that do not fit the model; rows are named by their index.
+    """
+    prompt_ids = [render_prompt(tokenizer, prompt) for prompt in prompts]
+    names = [f"prompt {i}" for i in range(len(prompts))]
+    _refuse_unfit(model, names, [(len(ids), len(ids) + max_new_tokens) for ids in prompt_ids])
+    ends = end_token_ids(model, tokenizer)
+    pad = _pad_id(tokenizer)
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    completions = [""] * len(prompts)
+    rows_cap = batch_size or MAX_GENERATION_ROWS
+    lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
+    for chosen in micro_batches(lengths, max_rows=rows_cap, max_positions=8 * MAX_POSITIONS):
+        longest = max(len(prompt_ids[i]) for i in chosen)
+        input_ids_BP = torch.tensor([[pad] * (longest - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
+        mask_BP = torch.tensor([[0] * (longest - len(prompt_ids[i])) + [1] * len(prompt_ids[i]) for i in chosen])
+        with torch.inference_mode(), _without_sampling_defaults(model):
+            output_BT = model.generate(
+                input_ids=input_ids_BP.to(model.device), attention_mask=mask_BP.to(model.device), generation_config=greedy
+            )
+        for row, new_ids in zip(chosen, output_BT[:, longest:].tolist(), strict=True):
+            end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
+            completions[row] = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
+    return tuple(completions)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's, and those of the checkpoint's generation_config (chat models have several)."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The scored positions of one micro-batch, row after row."""
+
+    logits_NV: Tensor
+    hidden: dict[int, Tensor]
+    """Layer -> [N, H]."""
+
+
+def _forward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenisedRow], layers: Sequence[int]
+) -> _Scored:
+    pad = _pad_id(tokenizer)
+    longest_prompt = max(len(row.prompt_ids) for row in rows)
+    longest_completion = max(len(row.completion_ids) for row in rows)
+    # The end token is scored but never read, hence one position fewer.
+    width = longest_prompt + longest_completion - 1
+    input_ids_BT = torch.full((len(rows), width), pad)
+    attention_mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    scored_BC = torch.zeros(len(rows), longest_completion, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids = torch.tensor([*row.prompt_ids, *row.completion_ids[:-1]])
+        start = longest_prompt - len(row.prompt_ids)
+        input_ids_BT[b, start : start + len(ids)] = ids
+        attention_mask_BT[b, start : start + len(ids)] = 1
+        scored_BC[b, : len(row.completion_ids)] = True
+    # Positions count real tokens only, so that a row means the same whatever it is padded with.
+    position_ids_BT = (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
+    device = model.device
+    scored_BC = scored_BC.to(device)
+    with torch.inference_mode(), recorded_blocks(model, layers) as recorded:
+        logits_BCV = model(
+            input_ids=input_ids_BT.to(device),
+            attention_mask=attention_mask_BT.to(device),
+            position_ids=position_ids_BT.to(device),
+            use_cache=False,
+            logits_to_keep=longest_completion,
+        ).logits
+    hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
+    return _Scored(logits_BCV[scored_BC], hidden)
+
+
+def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Sequence[tuple[int, int]]) -> None:
+    """Raise RowsError for rows of an empty prompt, or longer with their completion than the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    bad = {}
+    for row_id, (prompt, total) in zip(row_ids, lengths, strict=True):
+        if prompt == 0:
+            bad[row_id] = "no prompt token"
+        elif limit is not None and total > limit:
+            bad[row_id] = f"{total} tokens"
+    if bad:
+        raise RowsError(
+            f"Expected a prompt of at least one token and, with its completion, at most {limit} tokens of the teacher; shorten or drop "
+            "the rows.",
+            bad,
+        )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _concatenate(parts: Sequence[np.ndarray], empty_shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(empty_shape, dtype), *parts]) if parts else np.empty(empty_shape, dtype)
+
+
+@contextmanager
+def _without_sampling_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """A checkpoint's own generation_config adds penalties and minimum lengths to every call: no longer the model's arg-max."""
+    configured = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = configured

@@ -1,0 +1,122 @@
+"""A checkpoint folder as it lies on disk: its config.json, its safetensors files, and a hash of both.
+
+Everything that can be wrong with a folder is found here, before any weight is read, and is told in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nexus.errors import TowerLoadError
+
+FULL_HASH_BYTES = 2 * 1024**3
+"""Up to this size all bytes of the weights are hashed (about 4 s); larger ones by header, size and sampled blocks."""
+SAMPLED_BLOCKS = 256
+BLOCK_BYTES = 1024**2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has passed all checks that need no weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """config.json."""
+    weights: Mapping[str, Path]
+    """Key of each tensor -> the safetensors file that holds it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, sorted."""
+        return tuple(sorted(set(self.weights.values())))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Look into a checkpoint folder.
+
+    Raises:
+        TowerLoadError: no folder, no or broken config.json, no or broken or missing safetensors files, already quantised weights.
+    """
+    if not folder.is_dir():
+        raise TowerLoadError(f"Expected a checkpoint folder at {folder}, found no such folder. Correct the path.")
+    config = _read_json(folder / "config.json")
+    _refuse_quantised(folder, config)
+    weights: dict[str, Path] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                weights.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise TowerLoadError(
+                f"Expected readable safetensors in {path}, found: {' '.join(str(error).split())}. Fetch the file again."
+            ) from None
+    return Checkpoint(folder, config, weights)
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the content of the safetensors files, sampled when they are huge."""
+    whole = sum(path.stat().st_size for path in checkpoint.files) <= FULL_HASH_BYTES
+    digest = hashlib.sha256()
+    for path in checkpoint.files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            if whole:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+                continue
+            header_size = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header_size))
+            for i in range(SAMPLED_BLOCKS):
+                file.seek(path.stat().st_size * i // SAMPLED_BLOCKS)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted({folder / str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        for shard in shards:
+            if not shard.is_file():
+                raise TowerLoadError(f"Expected the shard {shard}, found no such file. Fetch the checkpoint again.")
+        if shards:
+            return shards
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".nemo"))
+    raise TowerLoadError(
+        f"Expected model.safetensors in {folder}, found {', '.join(others) or 'no weights'}. Only safetensors are read, because "
+        "other formats can run code; convert the checkpoint, or fetch its safetensors revision."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TowerLoadError(f"Expected {path.name} in {path.parent}, found no such file. Is this a checkpoint folder?") from None
+    except (OSError, ValueError) as error:
+        raise TowerLoadError(f"Expected JSON in {path}, found: {error}. Fetch the file again.") from None
+    if not isinstance(document, dict):
+        raise TowerLoadError(f"Expected a JSON object in {path}, found a {type(document).__name__}. Fetch the file again.")
+    return document
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    """Quantised weights are never quantised again: the error would add up, and some classes drop the setting and load noise."""
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for section in (config, *nested):
+        found = section.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+            raise TowerLoadError(
+                f"Expected floating-point weights in {folder}, found weights already quantised by {method}. Use the original "
+                "checkpoint that this one was made from."
+            )

@@ -1,0 +1,321 @@
+"""Loads a teacher: its class, its weights in NF4 with a coverage report, its tokenizer or processor, and a fingerprint.
+
+The class is the registry's, or the one that the checkpoint's config.json names. Weights come from safetensors only; any that are
+missing, unexpected or of another shape are refused, because transformers would fill them with random numbers and go on.
+
+On a GPU the compute type is bfloat16. On every CPU it is float32, although some could use bfloat16: a teacher's answers then do not
+depend on the machine or on how rows are batched (measured: float32 costs a factor 1.2 to 1.6 in batched scoring of 1024 to 2048 wide
+matrices on a CPU with AVX-512 BF16).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from nexus.artifacts import fingerprint_of
+from nexus.config import Role
+from nexus.errors import TowerLoadError
+from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
+from nexus.towers.nf4 import CoverageReport, freeze, measure_coverage, plan_quantisation, quantisation_config
+from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_role, resolve_entry
+
+logger = logging.getLogger(__name__)
+
+TARGETS_SCHEMA = 1
+"""Version of what `TeacherTargets` mean; part of every fingerprint, so that older cached targets are refused."""
+
+
+@dataclass(frozen=True)
+class LoadedTower:
+    """A teacher that is ready to run, on one device, frozen."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for encoders."""
+    processor: Any | None
+    """The checkpoint's own image processor or feature extractor; None for language models."""
+    role: Role
+    coverage: CoverageReport | None
+    """None when loaded in floating point."""
+    fingerprint: str
+    """Hash of weights, configuration, revision, quantisation, tokenizer or processor, and schema."""
+    tokenizer_hash: str | None
+
+
+class TowerLoader:
+    """Loads teachers by their registry id, or by a spec.
+
+    Args:
+        registry: gives the entries of `load`.
+        models_dir: searched first, for a folder named like the id; None means `models`.
+        cache_dir: the Hugging Face cache; None means the user's own.
+        device: `auto` takes the first GPU, or the CPU without one.
+    """
+
+    def __init__(
+        self,
+        registry: TeacherRegistry,
+        *,
+        models_dir: Path | None = None,
+        cache_dir: Path | None = None,
+        device: str = "auto",
+    ) -> None:
+        self._registry = registry
+        self._models_dir = None if models_dir is None else Path(models_dir)
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._device = device
+
+    def load(self, teacher_id: str, *, quantise: bool = True) -> LoadedTower:
+        """Load the registry's teacher `teacher_id`; `quantise=False` gives the floating-point original.
+
+        Raises:
+            TowerLoadError: unknown id, no files on this machine, or files that are not what the entry demands.
+            UnsupportedRoleError: a role that this version cannot load.
+        """
+        spec = resolve_entry(self._registry.get(teacher_id), models_dir=self._models_dir, cache_dir=self._cache_dir)
+        return self.load_spec(spec, quantise=quantise)
+
+    def load_spec(self, spec: TeacherSpec, *, quantise: bool = True) -> LoadedTower:
+        """Load any resolved teacher; raises as `load` does."""
+        return load_tower(spec, device=self._device, quantise=quantise)
+
+
+def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True) -> LoadedTower:
+    """Load the teacher of `spec`; `quantise=False` gives the floating-point original (for the quantisation tax).
+
+    Raises:
+        TowerLoadError: files that are not what the spec demands.
+        UnsupportedRoleError: a role that this version cannot load.
+    """
+    check_role(spec.id, spec.role)
+    checkpoint = open_checkpoint(Path(spec.path))
+    model_class = _model_class(spec, checkpoint)
+    target = _device(device)
+    # Preparing inputs fails far sooner than loading weights does, so it comes first.
+    tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
+    processor = _processor(spec) if spec.role == "encoder" else None
+    quantise = quantise and spec.quantise
+    model, coverage = _load_model(spec, checkpoint, model_class, target, quantise=quantise)
+    digest = None if tokenizer is None else tokenizer_hash(tokenizer)
+    fingerprint = fingerprint_of(
+        {
+            "schema": TARGETS_SCHEMA,
+            "weights": weights_digest(checkpoint),
+            "config": dict(checkpoint.config),
+            "class": type(model).__name__,
+            "role": spec.role,
+            "revision": spec.revision,
+            "quantisation": ["nf4", "double", *sorted(spec.skip_modules)] if quantise else "none",
+            "tokenizer": digest,
+            "chat_template": None if tokenizer is None else tokenizer.chat_template,
+            "processor": None if processor is None else json.loads(processor.to_json_string()),
+        }
+    )
+    if coverage is not None:
+        logger.info(
+            "teacher %s: %.1f %% of %d parameters in NF4, %.3f bits each, largest weight error %.3f",
+            spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
+        )  # fmt: skip
+    return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what turns text into ids: vocabulary, merges, normaliser and splitter.
+
+    Templates, special-token roles, truncation and padding are not part of it: they change which text is tokenised, not how.
+    """
+    rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules.update({part: backend[part] for part in ("model", "normalizer", "pre_tokenizer")})
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------------
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise TowerLoadError(f"Expected a GPU for device {device!r}, found none. Use device='cpu' or 'auto'.")
+    return target
+
+
+def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    named = checkpoint.config.get("architectures") or []
+    name = spec.model_class or (named[0] if named else None)
+    if name is None:
+        raise TowerLoadError(
+            f"Expected `architectures` in config.json of teacher {spec.id!r}, found none. Save the model with save_pretrained."
+        )
+    if spec.remote_code:
+        # The Auto classes run the folder's own Python files; the registry allows it only at a pinned revision.
+        return AutoModelForCausalLM if spec.role == "causal_lm" else AutoModel
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise TowerLoadError(
+            f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found {name!r}, which it does not have. "
+            "Update transformers; code that comes with a checkpoint is not run."
+        )
+    if spec.role == "causal_lm" and not found.can_generate():
+        raise TowerLoadError(
+            f"Expected a model that generates text for teacher {spec.id!r} of role causal_lm, found {name}. Set its role to encoder."
+        )
+    if spec.role == "encoder" and found.main_input_name == "input_ids":
+        raise TowerLoadError(
+            f"Expected a model of images or audio for teacher {spec.id!r} of role encoder, found {name}, which reads text. "
+            "Set its role to causal_lm."
+        )
+    return found
+
+
+def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TowerLoadError(
+            f"Expected a tokenizer in {spec.path}, found: {_one_line(error)}. Save or fetch the tokenizer's files there."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise TowerLoadError(
+            f"Expected an end-of-sequence token in the tokenizer of teacher {spec.id!r}, found none. Set eos_token in "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _processor(spec: TeacherSpec) -> Any:
+    # Images first: an image processor's file also satisfies AutoFeatureExtractor in some versions, the reverse is never so.
+    errors = []
+    for auto in (AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            return auto.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            errors.append(_one_line(error))
+    raise TowerLoadError(
+        f"Expected an image processor or a feature extractor in {spec.path}, found: {'; '.join(errors)}. Save or fetch "
+        "preprocessor_config.json there."
+    )
+
+
+def _load_model(
+    spec: TeacherSpec, checkpoint: Checkpoint, model_class: type[PreTrainedModel], device: torch.device, *, quantise: bool
+) -> tuple[PreTrainedModel, CoverageReport | None]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plan = None
+    if quantise:
+        skeleton = _skeleton(spec, model_class)
+        plan = plan_quantisation(
+            skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
+        )
+        keys = _keys_by_parameter(skeleton, checkpoint)
+    try:
+        model, info = model_class.from_pretrained(
+            spec.path,
+            quantization_config=None if plan is None else quantisation_config(plan, dtype),
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=spec.remote_code,
+            ignore_mismatched_sizes=True,  # reported below, in one line and by name
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise TowerLoadError(
+            f"Expected {spec.path} to load as {model_class.__name__}, found: {_one_line(error)}. Check that the checkpoint "
+            "belongs to that class."
+        ) from error
+    _refuse_incomplete(spec, info)
+    freeze(model)
+    if plan is None:
+        return model, None
+    return model, measure_coverage(model, plan, _original(spec, keys), teacher_id=spec.id)
+
+
+def _skeleton(spec: TeacherSpec, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """The model without weights, to plan on."""
+    try:
+        if spec.remote_code:
+            config = transformers.AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=True)
+            with torch.device("meta"):
+                return model_class.from_config(config, trust_remote_code=True)
+        config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
+        with torch.device("meta"):
+            return model_class(config)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise TowerLoadError(
+            f"Expected config.json in {spec.path} to describe a {model_class.__name__}, found: {_one_line(error)}. Fetch it again."
+        ) from error
+
+
+def _keys_by_parameter(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[Path, str]]:
+    """Parameter name -> file and key of its original, by the very renamings that from_pretrained applies."""
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    names = skeleton.state_dict()
+    found = {}
+    for key, path in checkpoint.weights.items():
+        name, converted_from = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
+        if name not in names and key in names:
+            name = key
+        if converted_from is None:
+            found[name] = (path, key)
+    return found
+
+
+def _original(spec: TeacherSpec, keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        if name not in keys:
+            raise TowerLoadError(
+                f"Expected the original of {name!r} in {spec.path} to compare NF4 with, found no tensor that maps to it alone. Add "
+                "it to the teacher's skip_modules."
+            )
+        path, key = keys[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    return read
+
+
+def _refuse_incomplete(spec: TeacherSpec, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[kind])
+        if kind == "unexpected_keys":
+            names = [name for name in names if not name.startswith(spec.unused_weights)]
+        if names:
+            raise TowerLoadError(
+                f"Expected the weights in {spec.path} to fit teacher {spec.id!r} exactly, found {len(names)} "
+                f"{kind.removesuffix('_keys')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the checkpoint again, "
+                "or name the class that it was saved from."
+            )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

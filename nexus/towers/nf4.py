@@ -1,0 +1,264 @@
+"""NF4 for a whole model: what will be quantised, what was, and how far the stored weights are from the originals.
+
+NF4 (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3) stores blocks of 64 weights as indices into 16 quantiles of
+a normal distribution and one scale; double quantisation stores the scales in 8 bits. bitsandbytes does the arithmetic. This module
+holds what it and transformers leave to the caller:
+
+* transformers forgets its own protection of `lm_head` when it is given a skip list (issue 45674), and never protects a
+  classification head;
+* bitsandbytes is silently wrong on CPUs when the last dimension is no multiple of its block (weight error .39 at 48 columns, .09
+  at 64), so such matrices are refused and every error is measured;
+* experts fused into 3-D parameters are no `nn.Linear` and stay in floating point without a word, so the quantised share is gated;
+* on CPUs with AVX-512 BF16, bitsandbytes repacks the weights in the first forward, drops double quantisation and computes in
+  bfloat16 whatever was asked: results would then depend on the machine and the stored weights would change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from nexus.errors import TowerLoadError
+
+BLOCK = 64
+"""Weights that share one scale; bitsandbytes' default and the format of NF4 checkpoints."""
+MAX_WEIGHT_ERROR = 0.12
+"""Largest admitted |dequantised - original| / |original|. NF4 on normally distributed weights gives .092, the silent errors .26 up."""
+VERIFIED_PARAMETERS = 2 * 10**9
+"""Above this many quantised parameters, an evenly spaced choice of matrices is compared with the originals, and at least one of
+every shape: reading all of a 30B checkpoint twice would double its loading time. A wrong kernel fails on every matrix of a shape."""
+
+
+@dataclass(frozen=True)
+class ModuleCoverage:
+    """One module that holds parameters of its own."""
+
+    name: str
+    parameters: int
+    quantised: bool
+    stored_bits: int
+    weight_error: float | None
+    """Relative Frobenius error of the stored matrix; None for modules in floating point and for matrices outside the sample."""
+    reason: str | None
+    """Why it was left in floating point."""
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """How much of a model is stored in NF4. Tied parameters count once."""
+
+    total_params: int
+    quantised_params: int
+    share: float
+    """quantised_params / total_params."""
+    bits_per_param: float
+    """Stored bits per quantised parameter, scales and tables included."""
+    max_weight_error: float
+    modules: tuple[ModuleCoverage, ...]
+
+    @property
+    def left_float(self) -> dict[str, str]:
+        """Name -> reason, of every module in floating point."""
+        return {module.name: module.reason for module in self.modules if module.reason is not None}
+
+
+@dataclass(frozen=True)
+class QuantisationPlan:
+    """Decided on the architecture alone, before a weight is read."""
+
+    keep: tuple[str, ...]
+    """Name patterns of the modules that stay in floating point; what transformers is told to skip."""
+    matrices: tuple[str, ...]
+    """Names of the modules whose weight is quantised."""
+
+
+def plan_quantisation(
+    skeleton: PreTrainedModel, *, teacher_id: str, skip_modules: Sequence[str], min_coverage: float
+) -> QuantisationPlan:
+    """Decide what is quantised, and refuse what cannot be quantised as the policy demands.
+
+    Args:
+        skeleton: the model in floating point; may lie on the meta device.
+        skip_modules: kept in floating point besides the output heads.
+        min_coverage: smallest share of parameters in NF4.
+
+    Raises:
+        TowerLoadError: a skip name that matches nothing, a matrix whose rows are no multiple of 64, unreached experts, or a share
+            below `min_coverage`.
+    """
+    linears = {name: module for name, module in skeleton.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
+    idle = [skip for skip in skip_modules if all(should_convert_module(name, [skip]) for name in linears)]
+    if idle:
+        raise TowerLoadError(
+            f"Expected the skip_modules of teacher {teacher_id!r} to name linear modules, found that {idle[0]!r} matches none. "
+            f"Give the path from the root of {type(skeleton).__name__}, such as {next(iter(linears), '')!r}."
+        )
+    # Sorted, because transformers collects them in a set, whose order differs between processes.
+    keep = sorted({*get_keys_to_not_convert(skeleton), *_heads(skeleton), *skip_modules, *(skeleton._keep_in_fp32_modules or ())})
+    matrices = tuple(name for name in linears if should_convert_module(name, keep))
+    for name in matrices:
+        columns = _matrix(linears[name]).shape[-1]
+        if columns % BLOCK:
+            raise TowerLoadError(
+                f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of teacher "
+                f"{teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
+            )
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    quantised = sum(linears[name].weight.numel() for name in matrices)
+    experts = [name for name, module in skeleton.named_modules() if _is_fused_experts(module) and should_convert_module(name, keep)]
+    if experts:
+        share = sum(p.numel() for name in experts for p in skeleton.get_submodule(name).parameters()) / total
+        raise TowerLoadError(
+            f"Expected NF4 to reach the experts of teacher {teacher_id!r}, found them fused into 3-D parameters that bitsandbytes skips "
+            f"({len(experts)} modules, {share:.0%} of the parameters, first {experts[0]!r}). Add {experts[0].split('.')[-1]!r} to its "
+            "skip_modules to keep them in floating point, or use a dense teacher."
+        )
+    if quantised < min_coverage * total:
+        raise TowerLoadError(
+            f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found {quantised / total:.1%} "
+            f"({quantised:,} of {total:,}). Lower its min_coverage if the rest may stay in floating point."
+        )
+    return QuantisationPlan(tuple(keep), matrices)
+
+
+def quantisation_config(plan: QuantisationPlan, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What `from_pretrained` needs to follow `plan`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=list(plan.keep),
+    )
+
+
+def freeze(model: nn.Module) -> None:
+    """Evaluation mode, no gradients, and stored NF4 weights that no forward repacks (see the module's docstring)."""
+    model.eval()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def measure_coverage(
+    model: PreTrainedModel, plan: QuantisationPlan, original: Callable[[str], Tensor], *, teacher_id: str
+) -> CoverageReport:
+    """Count what a loaded model stores, and compare its matrices with the originals, one at a time.
+
+    Args:
+        model: loaded by `quantisation_config(plan)`.
+        original: name of a parameter -> its floating-point original, in the module's own orientation.
+
+    Raises:
+        TowerLoadError: a matrix of the plan is not in NF4, or its relative error reaches MAX_WEIGHT_ERROR.
+    """
+    planned = set(plan.matrices)
+    verified = _sample({name: _shape(model.get_submodule(name)) for name in plan.matrices})
+    modules: list[ModuleCoverage] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if name in planned:
+            if not isinstance(module, bnb.nn.Linear4bit) or module.weight.quant_state is None:
+                raise TowerLoadError(f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this.")
+            error = _weight_error(module, original(f"{name}.weight")) if name in verified else None
+            if error is not None and not error < MAX_WEIGHT_ERROR:
+                raise TowerLoadError(
+                    f"Expected a relative NF4 error below {MAX_WEIGHT_ERROR} in every matrix, found {error:.3f} in {name!r} of teacher "
+                    f"{teacher_id!r}. Add it to the teacher's skip_modules."
+                )
+            size = math.prod(module.weight.quant_state.shape)
+            modules.append(ModuleCoverage(name, size, True, stored_bits(module), error, None))
+            own = [p for p in own if p is not module.weight]
+        if own:
+            size = sum(p.numel() for p in own)
+            bits = sum(p.numel() * p.element_size() * 8 for p in own)
+            label = f"{name} (bias)" if name in planned else name
+            modules.append(ModuleCoverage(label, size, False, bits, None, _reason(name, module, plan)))
+    total = sum(module.parameters for module in modules)
+    matrices = [module for module in modules if module.quantised]
+    quantised = sum(module.parameters for module in matrices)
+    return CoverageReport(
+        total_params=total,
+        quantised_params=quantised,
+        share=quantised / total,
+        bits_per_param=sum(module.stored_bits for module in matrices) / max(1, quantised),
+        max_weight_error=max((m.weight_error for m in matrices if m.weight_error is not None), default=0.0),
+        modules=tuple(modules),
+    )
+
+
+def stored_bits(module: bnb.nn.Linear4bit) -> int:
+    """Bits that a quantised weight occupies: indices, scales, scales of scales, and both tables."""
+    state = module.weight.quant_state
+    tensors = [module.weight.data, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    return sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors)
+
+
+def dequantised(module: bnb.nn.Linear4bit) -> Tensor:
+    """The stored matrix as float32 [out_features, in_features]."""
+    return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+
+
+def _heads(model: PreTrainedModel) -> set[str]:
+    """Names of classification heads: linear children of the model itself that give one number per label."""
+    if "Classification" not in type(model).__name__:
+        return set()
+    return {
+        name
+        for name, child in model.named_children()
+        if isinstance(child, nn.Linear) and child.out_features == model.config.num_labels
+    }
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "down_proj")
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as [out_features, in_features]; Conv1D keeps it transposed."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a planned matrix; a mismatch is reported where the module is met."""
+    state = getattr(module.weight, "quant_state", None)
+    return tuple(module.weight.shape if state is None else state.shape)
+
+
+def _sample(shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """The matrices that are compared with their originals: all, or an evenly spaced choice that has every shape."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    stride = max(1, math.ceil(total / VERIFIED_PARAMETERS))
+    first_of_shape = {shape: name for name, shape in reversed(shapes.items())}
+    return {*list(shapes)[::stride], *first_of_shape.values()}
+
+
+def _weight_error(module: bnb.nn.Linear4bit, original: Tensor) -> float:
+    reference = original.to(module.weight.device, torch.float32)
+    if issubclass(module.source_cls, Conv1D):
+        reference = reference.T
+    norm = reference.norm()
+    return 0.0 if norm == 0 else float((dequantised(module) - reference).norm() / norm)
+
+
+def _reason(name: str, module: nn.Module, plan: QuantisationPlan) -> str:
+    if name in plan.matrices:
+        return "bias"
+    if isinstance(module, nn.Linear | Conv1D):
+        return "output head or skipped by policy" if not should_convert_module(name, list(plan.keep)) else "subclass of Linear"
+    return f"{type(module).__name__} is no linear layer"
