@@ -1,114 +1,106 @@
 """What the student sees and hears: encoded media bytes to adapter inputs, the same in training and in the bundle.
 
-The settings are a strict model that travels in the bundle's manifest, so that an exported student prepares its input exactly as it
-was trained to.
+The sizes and rates are those of the student's own adapters, so an exported student prepares its input exactly as it was trained
+to, without any teacher's processor.
 
-Shape letters: B rows, C channels, H height, W width, S samples, T mel frames,
-M mel bands.
+Shape letters: M images or clips, C channels, H height, W width, R mel bands, T frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from nexus.adapters.audio import log_mel
-from nexus.artifacts import StrictModel
+from nexus.adapters.audio import AudioAdapterConfig
+from nexus.adapters.vision import VisionAdapterConfig
 from nexus.data.media import add_noise, decode_audio, decode_image
+from nexus.errors import DataError
+from nexus.student.memory import MediaBatch
+from nexus.student.presets import StudentSpec
 
 
-class ImagePreprocessing(StrictModel):
-    """Images of any size and mode become one small square."""
+@dataclass(frozen=True)
+class Noise:
+    """White noise on one recording; the same row always gets the same noise."""
 
-    image_size: int = Field(gt=0)
-    """Height and width in pixels; other sizes are resampled, without keeping the aspect ratio."""
-    channels: Literal[1, 3]
-    """1 is luminance, 3 is RGB."""
-
-
-class AudioPreprocessing(StrictModel):
-    """Recordings of any rate and length become one fixed log-mel window."""
-
-    sampling_rate: int = Field(gt=0)
-    """Hz."""
-    seconds: float = Field(gt=0)
-    """Longer recordings are cut, shorter ones padded with zeros and masked."""
-    num_mels: int = Field(gt=0)
-    window_size: int = Field(gt=0)
-    """Samples of one analysis window."""
-    hop_size: int = Field(gt=0)
-    """Samples between two frames."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the fixed window."""
-        return round(self.seconds * self.sampling_rate)
+    row_id: str
+    snr_db: float
 
 
-class Preprocessing(StrictModel):
-    """Settings of a student's media; None where it has no such adapter."""
+@dataclass(frozen=True)
+class MediaInput:
+    """The encoded media of one row, as they stand in a record."""
 
-    image: ImagePreprocessing | None
-    audio: AudioPreprocessing | None
+    image: bytes | None = None
+    audio: bytes | None = None
+    noise: Noise | None = None
+    """Added to the recording before anything else; None adds none."""
 
 
-def pixel_values(images: Sequence[bytes], config: ImagePreprocessing) -> Tensor:
-    """float32 [B, C, H, W] in [-1, 1], 0 being mid-grey.
+def media_batch(rows: Sequence[MediaInput], spec: StudentSpec) -> MediaBatch:
+    """The media of a batch as the student's towers take them; rows keep their places.
+
+    Raises:
+        DataError: when bytes cannot be decoded, or the student has no tower for them.
+    """
+    pictured = [row for row, media in enumerate(rows) if media.image is not None]
+    heard = [row for row, media in enumerate(rows) if media.audio is not None]
+    pixels = features = frame_mask = None
+    if pictured:
+        if spec.vision is None:
+            raise DataError(_no_tower("an image", "vision"))
+        pixels = pixel_values([image for media in rows if (image := media.image) is not None], spec.vision)
+    if heard:
+        if spec.audio is None:
+            raise DataError(_no_tower("a recording", "audio"))
+        features, frame_mask = log_mel_features(
+            [clip for media in rows if (clip := media.audio) is not None],
+            spec.audio,
+            noise=[rows[row].noise for row in heard],
+        )
+    return MediaBatch(
+        pixel_values=pixels,
+        pixel_rows=torch.tensor(pictured) if pictured else None,
+        input_features=features,
+        frame_mask=frame_mask,
+        audio_rows=torch.tensor(heard) if heard else None,
+    )
+
+
+def pixel_values(images: Sequence[bytes], config: VisionAdapterConfig) -> Tensor:
+    """float32 [M, C, H, W] in [-1, 1], 0 being mid-grey; images of another size are resized.
 
     Raises:
         DataError: when bytes are no readable image.
     """
-    size = (config.image_size, config.image_size)
-    rows = []
-    for data in images:
-        image = decode_image(data)
-        if config.channels == 1:
-            image = image.convert("L")
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels_HWC = np.asarray(image, dtype=np.float32).reshape(*size, config.channels)
-        rows.append(torch.from_numpy(pixels_HWC / 127.5 - 1.0).permute(2, 0, 1))
-    return torch.stack(rows)
+    return config.pixel_values([np.asarray(decode_image(data)) for data in images])
 
 
 def log_mel_features(
-    clips: Sequence[bytes],
-    config: AudioPreprocessing,
-    *,
-    row_ids: Sequence[str] | None = None,
-    snr_db: float | None = None,
+    clips: Sequence[bytes], config: AudioAdapterConfig, *, noise: Sequence[Noise | None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-mel features float32 [B, M, T] of the fixed window and bool [B, T], True where a frame begins inside the recording.
+    """Log-mel features float32 [M, R, T] and bool [M, T], True where a frame begins inside the recording.
+
+    Recordings are resampled to the adapter's rate; what is longer than its window is cut off at the end.
 
     Args:
-        clips: encoded recordings.
-        config: the student's settings.
-        row_ids: whose noise each row gets; needed with `snr_db`.
-        snr_db: noise added before the recording is cut (see `nexus.data.media.add_noise`); None adds none.
+        noise: one entry per clip.
 
     Raises:
         DataError: when bytes are no readable recording.
-        ValueError: when noise is asked for without row ids.
     """
-    if snr_db is not None and row_ids is None:
-        raise ValueError("Expected row_ids beside snr_db, found none: noise belongs to a row. Pass the records' ids.")
     waveforms = []
-    for row, data in enumerate(clips):
-        samples_S = decode_audio(data, config.sampling_rate)
-        if snr_db is not None and row_ids is not None:
-            samples_S = add_noise(samples_S, row_ids[row], snr_db)
-        waveforms.append(torch.from_numpy(samples_S[: config.num_samples]))
-    return log_mel(
-        waveforms,
-        num_samples=config.num_samples,
-        sampling_rate=config.sampling_rate,
-        num_mels=config.num_mels,
-        window_size=config.window_size,
-        hop_size=config.hop_size,
-    )
+    for data, added in zip(clips, noise or [None] * len(clips), strict=True):
+        samples = decode_audio(data, config.sampling_rate)
+        if added is not None:
+            samples = add_noise(samples, added.row_id, added.snr_db)
+        waveforms.append(torch.from_numpy(samples[: config.num_samples]))
+    return config.log_mel(waveforms)
+
+
+def _no_tower(what: str, tower: str) -> str:
+    return f"Expected input that the student has towers for, found {what} and no {tower} tower. Leave it out, or use a student with one."
