@@ -87,7 +87,7 @@ class TeacherEntry(StrictModel):
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     revision: Annotated[str | None, AfterValidator(_is_commit)] = None
     """Pinned commit; None needs `revision` in `verify` and means the newest one when pulled."""
-    verify: tuple[Literal["revision", "model_class", "parameters", "files"], ...] = ()
+    verify: tuple[Literal["revision", "licence", "model_class", "parameters", "files"], ...] = ()
     """Facts that could not be checked without a network."""
     model_class: str | None
     """Class in `library`; None where the library has none."""
