@@ -1,0 +1,368 @@
+"""What one optimizer step asks of the student: a distillation loss per teacher and a cross-entropy on labelled rows.
+
+For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
+KD_t depends on what the teacher gives:
+- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) on its top-k and tail, at every token of its own answer;
+- a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
+  distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
+- a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`).
+A_t anchors the student to the teacher's critical layers: the tower's features where the teacher's modality has a tower, else the
+trunk's last states, each through an affine map that only training has.
+
+Shape letters: B rows, T tokens, V vocabulary, N scored tokens, H a teacher's width, M feature tokens, P a teacher's positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from nexus.adapters.base import Adapter, Alignment, Features
+from nexus.config import TOWERS, Role
+from nexus.data.collate import TokenBatch, collate, tokenise_rows
+from nexus.data.records import Record
+from nexus.errors import ConfigError, TowerLoadError
+from nexus.student.inputs import media_batch, read_media
+from nexus.student.memory import MediaBatch, NexusStudent
+from nexus.student.preprocess import Preprocessing
+from nexus.student.presets import StudentSpec
+from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.training.batches import Assignment
+from nexus.training.divergence import distill_divergence_topk, kd_loss, topk_tail_kl
+from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
+from nexus.training.labels import LabelTokens
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What training has to know about a teacher; plain values that cross to the trainer's actor."""
+
+    id: str
+    role: Role
+    importance: float
+    shares_tokenizer: bool
+    """The student speaks this teacher's tokenizer."""
+    hidden_size: int
+    label_texts: tuple[str, ...] | None
+    fingerprint: str
+    critical_layers: tuple[tuple[int, float], ...]
+    """(layer, weight) from the profile; empty anchors nothing."""
+
+
+@dataclass(frozen=True)
+class CapabilityFacts:
+    """How rows of one capability are fed."""
+
+    name: str
+    towers: tuple[str, ...]
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
+class TeacherLoss:
+    """One teacher's loss on one batch, nats per scored token and anchor units."""
+
+    kd: Tensor
+    anchor: Tensor
+
+
+class DistillationObjective(nn.Module):
+    """The student with the affine maps that only training needs; gives losses, never steps."""
+
+    def __init__(
+        self,
+        student: NexusStudent,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        teachers: Sequence[TeacherFacts],
+        capabilities: Sequence[CapabilityFacts],
+        preprocessing: Preprocessing,
+        temperature: float,
+        top_k: int,
+        response_weight: float,
+        max_length: int,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.tokenizer = tokenizer
+        self.teachers = {teacher.id: teacher for teacher in teachers}
+        self.capabilities = {capability.name: capability for capability in capabilities}
+        self._preprocessing = preprocessing
+        self._temperature = temperature
+        self._top_k = top_k
+        self._response_weight = response_weight
+        self._max_length = max_length
+        width = student.spec.core.hidden_size
+        self.trunk_alignments = nn.ModuleDict(
+            {
+                _key(teacher.id, layer): nn.Linear(width, teacher.hidden_size)
+                for teacher in teachers
+                if teacher.role == "causal_lm" and not _declared(student.spec, "reasoning", teacher.id)
+                for layer, _ in teacher.critical_layers
+            }
+        )
+        self.standardisers = nn.ModuleDict(
+            {
+                _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
+                for teacher in teachers
+                for layer, _ in teacher.critical_layers
+            }
+        )
+        vocabulary = student.spec.core.vocab_size
+        self._label_tokens = {
+            teacher.id: LabelTokens(label_token_ids(teacher.label_texts, tokenizer), vocabulary)
+            for teacher in teachers
+            if teacher.label_texts is not None
+        }
+
+    # --- requests -------------------------------------------------------------------------------------------------------------
+
+    def request(self, assignment: Assignment, records: Sequence[Record]) -> ScoreRequest | None:
+        """What to ask the teacher about these rows; None when its answers in the rows already say everything."""
+        teacher = self.teachers[assignment.teacher]
+        layers = tuple(layer for layer, _ in teacher.critical_layers)
+        if not records or (teacher.role == "causal_lm" and not teacher.shares_tokenizer and not layers):
+            return None
+        is_language = teacher.role == "causal_lm"
+        return ScoreRequest(
+            row_ids=tuple(record.id for record in records),
+            prompts=tuple(record.prompt for record in records),
+            completions=tuple(_completion(record) for record in records) if is_language else None,
+            media=None if is_language else tuple(_media_bytes(record) for record in records),
+            temperature=self._temperature,
+            top_k=self._top_k,
+            layers=layers,
+            snr_db=self.capabilities[assignment.capability].snr_db,
+        )
+
+    # --- losses ---------------------------------------------------------------------------------------------------------------
+
+    def teacher_loss(
+        self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None
+    ) -> TeacherLoss:
+        """l_t's two parts on unlabelled rows.
+
+        Raises:
+            TowerLoadError: when the targets do not fit the rows or the tokenizer, or come from another checkpoint.
+        """
+        teacher = self.teachers[assignment.teacher]
+        if targets is not None:
+            _check_targets(teacher, records, targets)
+        if teacher.label_texts is not None:
+            assert targets is not None and targets.label_logprobs_BC is not None
+            chosen = targets.label_logprobs_BC.argmax(axis=1)
+            completions = [teacher.label_texts[index] for index in chosen]
+        else:
+            completions = [_completion(record) for record in records]
+        passed = self._forward(assignment.capability, records, completions)
+        if teacher.label_texts is not None:
+            assert targets is not None and targets.label_logprobs_BC is not None
+            divergence = self._classifier_divergence(teacher, passed, targets)
+            kd = kd_loss(divergence, temperature=self._temperature)
+        elif teacher.shares_tokenizer:
+            assert targets is not None
+            kd = kd_loss(self._token_divergence(passed, targets), temperature=self._temperature)
+        else:
+            kd = self._response_weight * passed.cross_entropy()
+        return TeacherLoss(kd, self._anchor(teacher, passed, targets, kd))
+
+    def gold_loss(self, capability: str, records: Sequence[Record]) -> Tensor:
+        """Cross-entropy on the gold completions of labelled rows, nats per token."""
+        return self._forward(capability, records, [_completion(record) for record in records]).cross_entropy()
+
+    def _forward(self, capability: str, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
+        facts = self.capabilities[capability]
+        batch = collate(
+            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
+        )
+        tower_mask_BN = torch.tensor([[tower in facts.towers for tower in TOWERS]]).expand(len(records), -1)
+        output = self.student(
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
+            tower_mask_BN=tower_mask_BN,
+            media=media_batch(records, self._preprocessing, snr_db=facts.snr_db) if facts.towers else MediaBatch(),
+            output_hidden_states=True,
+        )
+        return _Passed(batch, output.trunk.logits, output.trunk.hidden_states[-1], output.encoded.features)
+
+    def _token_divergence(self, passed: _Passed, targets: TeacherTargets) -> Tensor:
+        tokens = targets.tokens
+        assert tokens is not None
+        ids_N = passed.scored_ids_N
+        if not torch.equal(ids_N, torch.from_numpy(tokens.token_ids_N).long()):
+            raise TowerLoadError(
+                f"Expected {targets.teacher} to score the student's {len(ids_N)} completion tokens, found "
+                f"{len(tokens.token_ids_N)} others: the tokenizers differ. Set student.tokenizer to a teacher that shares it."
+            )
+        return distill_divergence_topk(
+            passed.scored_logits_NV[None],
+            torch.from_numpy(tokens.ids_NK).long()[None],
+            torch.from_numpy(tokens.logprobs_NK)[None],
+            torch.ones(1, len(ids_N), dtype=torch.bool),
+            num_loss_tokens=len(ids_N),
+            temperature=self._temperature,
+            tail_logprob_BT=torch.from_numpy(tokens.tail_logprob_N)[None],
+        )
+
+    def _classifier_divergence(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
+        assert targets.label_logprobs_BC is not None
+        implied = self._label_tokens[teacher.id].targets(targets.label_logprobs_BC)
+        count = len(implied.token_ids_N)
+        return topk_tail_kl(
+            passed.scored_logits_NV[None],
+            torch.from_numpy(implied.ids_NK)[None],
+            torch.from_numpy(implied.logprobs_NK)[None],
+            torch.ones(1, count, dtype=torch.bool),
+            num_loss_tokens=count,
+            temperature=self._temperature,
+            tail_logprob_BT=torch.full((1, count), -torch.inf),
+        )
+
+    def _anchor(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets | None, like: Tensor) -> Tensor:
+        """Weighted distance to the critical layers; exactly 0 without any."""
+        total = like.new_zeros(())
+        for layer, weight in teacher.critical_layers:
+            assert targets is not None
+            target = torch.from_numpy(targets.hidden[layer]).float()
+            predicted, target = self._aligned(teacher, layer, passed, target, targets)
+            standardiser = self.standardisers[_key(teacher.id, layer)]
+            assert isinstance(standardiser, FeatureStandardiser)
+            standard = standardiser.observe(target) if self.training else standardiser(target)
+            mask = torch.ones(predicted.shape[:-1], dtype=torch.bool)
+            total = total + weight * cosine_smooth_l1_anchor(predicted, standard, mask)
+        return total
+
+    def _aligned(
+        self, teacher: TeacherFacts, layer: int, passed: _Passed, target: Tensor, targets: TeacherTargets
+    ) -> tuple[Tensor, Tensor]:
+        """The student's prediction and the teacher's state, both [B, positions, H]."""
+        tower = _tower_of(self.student.spec, teacher.id)
+        if tower is None:
+            align = self.trunk_alignments[_key(teacher.id, layer)]
+            if teacher.shares_tokenizer:
+                return align(passed.scored_states_ND)[None], target[None]
+            # Other tokens, other positions: the means over the answer are what both have.
+            assert targets.tokens is not None
+            lengths = torch.from_numpy(targets.tokens.offsets_B1).diff().tolist()
+            means_BH = torch.stack([part.mean(dim=0) for part in target.split(lengths)])
+            return align(passed.mean_states_BD)[:, None], means_BH[:, None]
+        adapter = self.student.adapters[tower]
+        assert isinstance(adapter, Adapter)
+        _, features = passed.features[tower]
+        predicted_BMH = adapter.predict(teacher.id, layer, features)
+        if teacher.role == "causal_lm":
+            return predicted_BMH[:, :-1][passed.scored_mask_BT][None], target[None]
+        if target.shape[1] != predicted_BMH.shape[1]:
+            # Another number of patches or frames: average the teacher's neighbouring positions to the student's grid.
+            target = F.adaptive_avg_pool1d(target.transpose(1, 2), predicted_BMH.shape[1]).transpose(1, 2)
+        return predicted_BMH, target
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """One forward pass with what the losses read from it."""
+
+    batch: TokenBatch
+    logits_BTV: Tensor
+    states_BTD: Tensor
+    features: Mapping[str, tuple[Tensor, Features]]
+
+    @property
+    def scored_mask_BT(self) -> Tensor:
+        """[B, T-1]: positions whose next token is scored."""
+        return self.batch.loss_mask_BT[:, 1:]
+
+    @property
+    def scored_ids_N(self) -> Tensor:
+        return self.batch.input_ids_BT[:, 1:][self.scored_mask_BT]
+
+    @property
+    def scored_logits_NV(self) -> Tensor:
+        return self.logits_BTV[:, :-1][self.scored_mask_BT]
+
+    @property
+    def scored_states_ND(self) -> Tensor:
+        return self.states_BTD[:, :-1][self.scored_mask_BT]
+
+    @property
+    def mean_states_BD(self) -> Tensor:
+        """Mean of the states that predict each row's completion."""
+        mask_BT1 = self.scored_mask_BT[..., None]
+        return (self.states_BTD[:, :-1] * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
+
+    def cross_entropy(self) -> Tensor:
+        return F.cross_entropy(self.scored_logits_NV.float(), self.scored_ids_N)
+
+
+def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], towers: Mapping[str, Sequence[str]]) -> StudentSpec:
+    """`spec` with an affine map for every critical layer whose teacher has a tower.
+
+    Args:
+        towers: teacher id -> towers that its rows need. An encoder aligns with the first of vision and audio among them, a
+            language model that shares the student's tokenizer with reasoning; others align with the trunk.
+    """
+    alignments: dict[str, list[Alignment]] = {}
+    for teacher in teachers:
+        wanted = ("reasoning",) if teacher.role == "causal_lm" else ("vision", "audio")
+        tower = next((name for name in towers[teacher.id] if name in wanted and name in spec.adapters()), None)
+        if teacher.role == "causal_lm" and not teacher.shares_tokenizer:
+            continue
+        if teacher.role == "encoder" and (tower is None or teacher.label_texts is None):
+            missing = "vision or audio under data.<capability>.towers" if tower is None else "a classification head with label texts"
+            raise ConfigError(
+                f"Expected the encoder teacher {teacher.id!r} to come with {missing}, found none: its rows could not be answered in "
+                "text. Add it, or remove the teacher."
+            )
+        if tower is not None:
+            alignments.setdefault(tower, []).extend(
+                Alignment(teacher.id, layer, teacher.hidden_size) for layer, _ in teacher.critical_layers
+            )
+    for tower, entries in alignments.items():
+        spec = spec.with_alignments(tower, entries)
+    return spec
+
+
+def label_token_ids(label_texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Each label text as completion tokens of the student, end-of-sequence included."""
+    records = [Record(id=str(index), capability="label", prompt="", completion=text) for index, text in enumerate(label_texts)]
+    return [tuple(int(token) for token in row.completion_ids) for row in tokenise_rows(records, tokenizer)]
+
+
+def _key(teacher: str, layer: int) -> str:
+    # Module names may not hold dots, teacher ids may.
+    return f"{teacher.replace('.', '_')}:{layer}"
+
+
+def _declared(spec: StudentSpec, tower: str, teacher: str) -> bool:
+    config = spec.adapters().get(tower)
+    return config is not None and any(alignment.teacher == teacher for alignment in config.alignments)
+
+
+def _tower_of(spec: StudentSpec, teacher: str) -> str | None:
+    return next((tower for tower in spec.adapters() if _declared(spec, tower, teacher)), None)
+
+
+def _completion(record: Record) -> str:
+    if record.completion is None:
+        raise TowerLoadError(f"Expected a completion in row {record.id}, found none. Extract the teacher's answers first.")
+    return record.completion
+
+
+def _media_bytes(record: Record) -> bytes:
+    assert record.media is not None, "the loader refuses rows without the media that their columns promise"
+    return read_media(record.media)
+
+
+def _check_targets(teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets) -> None:
+    if targets.fingerprint != teacher.fingerprint:
+        raise TowerLoadError(
+            f"Expected targets of {teacher.id} with fingerprint {teacher.fingerprint}, found {targets.fingerprint}: the teacher "
+            "changed during the run. Profile and extract again in a new --out."
+        )
+    ids = tuple(record.id for record in records)
+    assert targets.row_ids == ids, f"targets of {teacher.id} answer other rows"
