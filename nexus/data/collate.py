@@ -141,7 +141,12 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, start: 
     """Ids of each text; with `start`, after whatever the tokenizer puts before a sequence, but without its end."""
     # Lengths are judged by max_length here, so the tokenizer's own warning about model_max_length would only mislead.
     encoded = tokenizer(
-        list(texts), add_special_tokens=start, return_attention_mask=False, truncation=False, padding=False, verbose=False
+        list(texts),
+        add_special_tokens=start,
+        return_attention_mask=False,
+        truncation=False,
+        padding=False,
+        verbose=False,
     )
     ids: list[list[int]] = encoded["input_ids"]
     if start and tokenizer.eos_token_id is not None:

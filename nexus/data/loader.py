@@ -16,13 +16,14 @@ id call `check_unique_ids` first (8 bytes per row).
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
@@ -39,11 +40,13 @@ from nexus.data.records import (
     Record,
     RowError,
     Source,
-    check_media_bytes,
+    check_media_file,
     has_prompt_column,
     normalise_row,
 )
 from nexus.errors import ArtifactError, DataError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CAPABILITY = "text"
 """Capability of rows that name none, where the caller names none either."""
@@ -63,8 +66,6 @@ _MAX_LINE_BYTES = 64 << 20
 """A longer line is no row but a file without line ends; it is quarantined instead of held."""
 _JSONL_PROBE_LINES = 100
 """Lines looked at to tell a file with other columns from a file with a few bad rows."""
-_HEAD_BYTES = 16
-"""Enough of a media file to know its format."""
 
 
 # --- public -------------------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class RecordBatches:
         buffer_rows: int = 1024,
         quarantine: Quarantine | None = None,
     ) -> None:
-        _require_positive(batch_size=batch_size, buffer_rows=buffer_rows)
+        _require_positive({"batch_size": batch_size, "buffer_rows": buffer_rows})
         self.batch_size = batch_size
         source = _RowSource(paths, capability=capability, quarantine=quarantine)
         settings = {"seed": seed, "batch_size": batch_size, "buffer_rows": buffer_rows}
@@ -210,8 +211,10 @@ class SmartBatchLoader:
     ) -> None:
         if buffer_rows is None:
             buffer_rows = WINDOW_BATCHES * batch_size
-        _require_positive(batch_size=batch_size, max_length=max_length, buffer_rows=buffer_rows)
+        _require_positive({"batch_size": batch_size, "max_length": max_length, "buffer_rows": buffer_rows})
         self.quarantine = Quarantine(None if quarantine_dir is None else Path(quarantine_dir), max_bad_share)
+        if tokenizer.eos_token_id is None:
+            logger.warning("the tokenizer has no end-of-sequence token: completions end without one")
         self._tokenizer = tokenizer
         self._padding_side: PaddingSide = padding_side
         settings = {
@@ -309,9 +312,7 @@ class _TokenPlan:
     def num_bytes(self, item: TokenisedRow) -> int:
         return _record_bytes(item.record) + item.prompt_ids.nbytes + item.completion_ids.nbytes
 
-    def arrange(
-        self, items: list[TokenisedRow], rng: np.random.Generator | None
-    ) -> Sequence[tuple[TokenisedRow, ...]]:
+    def arrange(self, items: list[TokenisedRow], rng: np.random.Generator | None) -> Sequence[tuple[TokenisedRow, ...]]:
         lengths = np.array([len(row) for row in items])
         ties = np.arange(len(items)) if rng is None else rng.permutation(len(items))
         rows = [items[index] for index in np.lexsort((ties, lengths))]
@@ -334,10 +335,22 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Cursor:
-    """Where the next row of an epoch begins: the file, by its place in the epoch's order, and the position in it."""
+    """Where the next row of an epoch begins: which file in the epoch's order, and where in it."""
 
-    place: int = 0
+    file: int = 0
     position: _Position = _Position()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stream stands. One immutable value, so that an interrupt never leaves half of it changed."""
+
+    epoch: int = 0
+    window: int = 0
+    start: _Cursor = _Cursor()
+    """Where the window began."""
+    taken: int = 0
+    """Units of the window that were given out."""
 
 
 class _WindowStream(Generic[ItemT, UnitT]):
@@ -368,107 +381,113 @@ class _WindowStream(Generic[ItemT, UnitT]):
         self._window_rows = window_rows
         self._multiple = multiple
         self._settings = {**settings, "files": source.identity()}
-        self._begin(epoch=0, window=0, start=_Cursor(), taken=0)
-
-    def _begin(self, *, epoch: int, window: int, start: _Cursor, taken: int) -> None:
-        self.epoch = epoch
-        self._window = window
-        self._start = start
-        self._taken = taken
-        self._end = start
+        self._at = _Place()
         self._units: Sequence[UnitT] | None = None
+        self._end = _Cursor()
         self._steps: Iterator[_Step] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were completed."""
+        return self._at.epoch
 
     def next_unit(self) -> UnitT | None:
         """The next unit; None once at the end of each epoch."""
-        if self._units is None:
-            self._units = self._fill()
-        if self._taken >= len(self._units) > 0:
-            self._window += 1
-            self._start = self._end
-            self._taken = 0
-            self._units = None  # the old window is let go before the new one is held
-            self._units = self._fill()
-        if not self._units:
-            if self._window == 0:
+        units = self._window()
+        if units and self._at.taken >= len(units):
+            self._at = _Place(self._at.epoch, self._at.window + 1, self._end)
+            del units  # let go of the old window before the next is held
+            self._units = None
+            units = self._window()
+        if not units:
+            if self._at.window == 0:
                 raise self._source.nothing_usable()
-            self._begin(epoch=self.epoch + 1, window=0, start=_Cursor(), taken=0)
+            self._go_to(_Place(self._at.epoch + 1))
             return None
-        self._taken += 1
-        return self._units[self._taken - 1]
+        self._at = replace(self._at, taken=self._at.taken + 1)
+        return units[self._at.taken - 1]
 
     def state_dict(self) -> dict[str, object]:
         """Where the stream stands, as JSON values."""
-        position = self._start.position
+        start = self._at.start
         return {
-            "epoch": self.epoch,
-            "window": self._window,
-            "place": self._start.place,
-            "row": position.row,
-            "offset": position.offset,
-            "taken": self._taken,
-            "settings": json.loads(json.dumps(self._settings)),
+            "epoch": self._at.epoch,
+            "window": self._at.window,
+            "file": start.file,
+            "row": start.position.row,
+            "offset": start.position.offset,
+            "taken": self._at.taken,
+            "settings": deepcopy(self._settings),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where `state` was taken; refuses the state of other files or settings."""
-        numbers = {}
-        for name in ("epoch", "window", "place", "row", "offset", "taken"):
-            value = state.get(name)
-            if type(value) is not int or value < 0:
-                raise ArtifactError(f"Expected a loader state with {name!r}, found {value!r}. Start without this state.")
-            numbers[name] = value
+        epoch, window, file, row, offset, taken = (
+            _count_in(state, name) for name in ("epoch", "window", "file", "row", "offset", "taken")
+        )
         saved = state.get("settings")
-        saved = saved if isinstance(saved, Mapping) else {}
-        for name, ours in json.loads(json.dumps(self._settings)).items():
-            if saved.get(name) != ours:
+        for name, ours in self._settings.items():
+            theirs = saved.get(name) if isinstance(saved, Mapping) else None
+            if theirs != ours:
                 raise ArtifactError(
-                    f"Expected a loader state with {name} {ours}, found {saved.get(name)}. "
+                    f"Expected a loader state with {name} {ours}, found {theirs}. "
                     "Restore what it was taken with, or start without this state."
                 )
-        self._begin(
-            epoch=numbers["epoch"],
-            window=numbers["window"],
-            start=_Cursor(numbers["place"], _Position(numbers["row"], numbers["offset"])),
-            taken=numbers["taken"],
-        )
+        self._go_to(_Place(epoch, window, _Cursor(file, _Position(row, offset)), taken))
 
-    def _fill(self) -> Sequence[UnitT]:
-        """Read one window from where the last ended; empty at the end of the epoch."""
-        order, rows_wanted = self._epoch_plan()
+    def _go_to(self, place: _Place) -> None:
+        self._at = place
+        self._units = None
+        self._steps = None
+
+    def _window(self) -> Sequence[UnitT]:
+        """The units of the current window; empty at the end of an epoch."""
+        if self._units is None:
+            try:
+                items, self._end = self._fill()
+            except BaseException:
+                self._steps = None  # they are ahead of the window now; another try has to begin where it began
+                raise
+            rng = None if self._seed is None else np.random.default_rng([self._seed, self._at.epoch, self._at.window])
+            self._units = self._plan.arrange(items, rng)
+        return self._units
+
+    def _fill(self) -> tuple[list[ItemT], _Cursor]:
+        """The items of the current window, and where the next begins."""
+        order, first_window_rows = self._epoch_plan()
         if self._steps is None:
-            self._steps = self._source.steps(order, self._start)
-        if self._window > 0:
-            rows_wanted = self._window_rows
+            self._steps = self._source.steps(order, self._at.start)
+        rows_wanted = self._window_rows if self._at.window else first_window_rows
         items: list[ItemT] = []
+        end = self._at.start
         num_bytes = 0
         while True:
-            if num_bytes < WINDOW_BYTES:
-                wanted = min(CHUNK_ROWS, rows_wanted - len(items))
-            else:
-                wanted = -len(items) % self._multiple
-            if wanted == 0:
-                break
-            steps = list(islice(self._steps, wanted))
+            missing = -len(items) % self._multiple if num_bytes >= WINDOW_BYTES else rows_wanted - len(items)
+            steps = list(islice(self._steps, min(CHUNK_ROWS, missing)))
             if not steps:
-                break
+                return items, end
             admitted = self._plan.admit([step.record for step in steps if step.record is not None])
             for step in steps:
                 if step.finished is not None:
                     self._source.check(*step.finished)
-            self._end = steps[-1].cursor
+            end = steps[-1].cursor
             num_bytes += sum(map(self._plan.num_bytes, admitted))
             items += admitted
-        rng = None if self._seed is None else np.random.default_rng([self._seed, self.epoch, self._window])
-        return self._plan.arrange(items, rng)
 
     def _epoch_plan(self) -> tuple[Sequence[int], int]:
         """The epoch's order of files, and the rows of its first window."""
         if self._seed is None:
             return range(self._source.num_files), self._window_rows
-        rng = np.random.default_rng([self._seed, self.epoch])
+        rng = np.random.default_rng([self._seed, self._at.epoch])
         first = int(rng.integers(1, self._window_rows // self._multiple, endpoint=True)) * self._multiple
         return rng.permutation(self._source.num_files).tolist(), first
+
+
+def _count_in(state: Mapping[str, object], name: str) -> int:
+    value = state.get(name)
+    if type(value) is not int or value < 0:
+        raise ArtifactError(f"Expected a loader state with {name!r}, found {value!r}. Start without this state.")
+    return value
 
 
 # --- rows of several files ----------------------------------------------------------------------------------------------------
@@ -487,15 +506,13 @@ class _Step:
 class _RowSource:
     """The files of one data set: checked when made, read as often as needed."""
 
-    def __init__(
-        self, paths: Sequence[Path | str], *, capability: str | None, quarantine: Quarantine | None
-    ) -> None:
+    def __init__(self, paths: Sequence[Path | str], *, capability: str | None, quarantine: Quarantine | None) -> None:
         if isinstance(paths, (str, Path)):
             paths = [paths]
         self._files = tuple(Path(path) for path in paths)
         if not self._files:
             raise DataError("Expected at least one data file, found none. Name a Parquet, JSONL or CSV file.")
-        doubled = [path for path, count in Counter(path.absolute() for path in self._files).items() if count > 1]
+        doubled = [path for path, times in Counter(path.absolute() for path in self._files).items() if times > 1]
         if doubled:
             raise DataError(f"Expected each data file once, found {doubled[0]} twice. Name it once.")
         for path in self._files:
@@ -508,15 +525,15 @@ class _RowSource:
     def num_files(self) -> int:
         return len(self._files)
 
-    def identity(self) -> list[tuple[str, int]]:
-        """Name and size of each file."""
-        return [(path.name, path.stat().st_size) for path in self._files]
+    def identity(self) -> list[list[str | int]]:
+        """Name and size of each file, as JSON has it."""
+        return [[path.name, path.stat().st_size] for path in self._files]
 
     def steps(self, order: Sequence[int], start: _Cursor) -> Iterator[_Step]:
         """Records of the files in `order`, from `start` on; bad rows are quarantined on the way."""
-        for place in range(start.place, len(order)):
-            path, name = self._files[order[place]], self._names[order[place]]
-            position = start.position if place == start.place else _Position()
+        for turn in range(start.file, len(order)):
+            path, name = self._files[order[turn]], self._names[order[turn]]
+            position = start.position if turn == start.file else _Position()
             for row in _reader_of(path)(path, position):
                 position = row.end
                 try:
@@ -524,10 +541,10 @@ class _RowSource:
                 except RowError as error:
                     self._reject(path, row.number, str(error))
                 else:
-                    yield _Step(record, _Cursor(place, position))
+                    yield _Step(record, _Cursor(turn, position))
                 if row.number % CHECK_EVERY == 0 and self._quarantine is not None:
                     self._quarantine.check(path, row.number, final=False)
-            yield _Step(None, _Cursor(place + 1), (path, position.row))
+            yield _Step(None, _Cursor(turn + 1), (path, position.row))
 
     def check(self, path: Path, num_rows: int) -> None:
         """Refuse a file that turned out to have too many bad rows."""
@@ -551,9 +568,9 @@ class _RowSource:
         record = normalise_row(row.values, row_id=f"{name}:{row.number}", capability=capability)
         if record.media is not None and isinstance(record.media.data, str):
             file = path.parent / record.media.data
-            check_media_bytes(record.media.kind, _head_of(file, record.media.kind))
-            record = dataclasses.replace(record, media=dataclasses.replace(record.media, data=str(file)))
-        return dataclasses.replace(record, source=Source(str(path), row.number))
+            check_media_file(record.media.kind, file)
+            record = replace(record, media=replace(record.media, data=str(file)))
+        return replace(record, source=Source(str(path), row.number))
 
     def _reject(self, path: Path, number: int, reason: str) -> None:
         if self._quarantine is None:
@@ -562,29 +579,24 @@ class _RowSource:
 
 
 def _all_records(source: _RowSource) -> Iterator[Record]:
+    found = False
     for step in source.steps(range(source.num_files), _Cursor()):
         if step.finished is not None:
             source.check(*step.finished)
         if step.record is not None:
+            found = True
             yield step.record
-
-
-def _head_of(path: Path, kind: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_HEAD_BYTES)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RowError(f"expected an {kind} file at {path}, found: {reason}") from None
+    if not found:
+        raise source.nothing_usable()
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """The stem of each file; where two agree, their names, and where these agree too, as many folders as tell them apart."""
-    for depth in range(max(len(path.absolute().parts) for path in paths) + 1):
-        names = [path.stem if depth == 0 else "/".join(path.absolute().parts[-depth:]) for path in paths]
+    for depth in count():
+        names = ["/".join(path.absolute().parts[-depth:]) if depth else path.stem for path in paths]
         if len(set(names)) == len(names):
-            return names
-    raise AssertionError("absolute paths differ")
+            break
+    return names
 
 
 def _record_bytes(record: Record) -> int:
@@ -602,10 +614,10 @@ def _place(source: Source | None) -> str:
     return f"in row {source.row} of {source.file}"
 
 
-def _require_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"expected {name} of at least 1, found {count}")
+def _require_positive(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} of at least 1, found {size}")
 
 
 # --- rows of one file ---------------------------------------------------------------------------------------------------------
@@ -638,7 +650,7 @@ def _check_file(path: Path) -> None:
         if not path.exists():
             raise DataError(f"Expected a data file at {path}, found no such file. Check the path or create it.")
         if not path.is_file():
-            raise DataError(f"Expected a data file at {path}, found a folder. Name the files in it.")
+            raise DataError(f"Expected a data file at {path}, found a folder or device. Name the files in it.")
         if path.stat().st_size == 0:
             raise DataError(f"Expected rows in {path}, found an empty file. Write it again.")
         columns = _FORMATS[suffix][1](path)
@@ -646,7 +658,8 @@ def _check_file(path: Path) -> None:
         raise DataError(f"Expected to read {path}, found: {error.strerror or error}. Check the file.") from None
     if columns is not None and not has_prompt_column(columns):
         raise DataError(
-            f"Expected one of the columns {', '.join(PROMPT_COLUMNS)} in {path}, found {', '.join(sorted(columns))}. "
+            f"Expected one of the columns {', '.join(PROMPT_COLUMNS)} in {path}, "
+            f"found {', '.join(sorted(columns)) or 'none'}. "
             "Rename the column that holds the question."
         )
 
@@ -674,9 +687,9 @@ def _read_parquet(path: Path, start: _Position) -> Iterator[_RawRow]:
             while first < len(groups) and skip >= groups[first].num_rows:
                 skip -= groups[first].num_rows
                 first += 1
-            num_bytes = sum(group.total_byte_size for group in groups)
-            rows_at_once = max(1, min(CHUNK_ROWS, _PARQUET_BATCH_BYTES * file.metadata.num_rows // max(1, num_bytes)))
             names = [name for name in file.schema_arrow.names if name in READ_COLUMNS]
+            num_bytes = sum(_num_bytes(group, names) for group in groups)
+            rows_at_once = max(1, min(CHUNK_ROWS, _PARQUET_BATCH_BYTES * file.metadata.num_rows // max(1, num_bytes)))
             number = start.row - skip
             for batch in file.iter_batches(
                 batch_size=rows_at_once, row_groups=range(first, len(groups)), columns=names, use_threads=False
@@ -688,6 +701,12 @@ def _read_parquet(path: Path, start: _Position) -> Iterator[_RawRow]:
                     yield _RawRow(number, values, _Position(number))
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
+
+
+def _num_bytes(group: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    """Uncompressed size of the named columns of a row group."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in names)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
@@ -760,7 +779,8 @@ def _jsonl_columns(path: Path) -> set[str] | None:
 def _csv_text(lines: _Lines) -> Iterator[str]:
     """Lines for csv.reader, which reads one at a time, so that `lines.offset` stays at the end of the row."""
     for line in lines:
-        yield "\0" * (csv.field_size_limit() + 1) if line is None else line.decode(errors="surrogateescape")
+        # csv.reader refuses a field above its limit, and with it the row that a line too long belongs to.
+        yield "x" * (csv.field_size_limit() + 1) if line is None else line.decode(errors="surrogateescape")
 
 
 def _csv_header(path: Path) -> tuple[list[str], int]:
@@ -770,7 +790,9 @@ def _csv_header(path: Path) -> tuple[list[str], int]:
         try:
             header = next(csv.reader(_csv_text(lines), strict=True), [])
         except csv.Error as error:
-            raise DataError(f"Expected a header line in {path}, found: {error}. Write column names into line 1.") from None
+            raise DataError(
+                f"Expected a header line in {path}, found: {error}. Write column names into line 1."
+            ) from None
         header = [name.removeprefix("\ufeff") for name in header]
         if len(set(header)) < len(header):
             doubled = next(name for name in header if header.count(name) > 1)
@@ -779,8 +801,8 @@ def _csv_header(path: Path) -> tuple[list[str], int]:
 
 
 def _csv_columns(path: Path) -> set[str]:
-    header, offset = _csv_header(path)
-    if offset == path.stat().st_size:
+    header, _ = _csv_header(path)
+    if next(_read_csv(path, _Position()), None) is None:
         raise DataError(f"Expected rows below the header of {path}, found none. Write it again.")
     return set(header)
 
@@ -789,15 +811,15 @@ def _read_csv(path: Path, start: _Position) -> Iterator[_RawRow]:
     header, offset = _csv_header(path)
     with path.open("rb") as file:
         lines = _Lines(file, start.offset or offset)
+        reader = csv.reader(_csv_text(lines), strict=True)
         number = start.row
         while True:
-            # A new reader per row: csv.reader ends for good with the generator of lines that an error may have left behind.
             values: Mapping[str, object] | RowError
             try:
-                cells = next(csv.reader(_csv_text(lines), strict=True))
+                cells = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:
+            except csv.Error as error:  # the reader goes on with the next line
                 values = RowError(f"expected a CSV row, found {error}")
             else:
                 if not cells:

@@ -26,6 +26,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 Role = Literal["system", "user", "assistant"]
@@ -36,12 +37,21 @@ MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "audio", "video")
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "problem", "instruction", "text", "contents")
 """A file needs at least one of these."""
-READ_COLUMNS = frozenset(
-    (*PROMPT_COLUMNS, *MEDIA_KINDS, "completion", "answer", "choices", "solution", "input", "output")
-    + ("id", "tower", "capability")
-)
+READ_COLUMNS = frozenset(PROMPT_COLUMNS) | {
+    *MEDIA_KINDS,
+    "completion",
+    "answer",
+    "choices",
+    "solution",
+    "input",
+    "output",
+}
+READ_COLUMNS |= {"id", "tower", "capability"}
 """Every column that the normaliser looks at; readers of columnar files leave the others on disk."""
 
+_NOUNS: Mapping[MediaKind, str] = {"image": "an image", "audio": "an audio file", "video": "a video"}
+_HEAD_BYTES = 16
+"""Enough of a media file to know its format."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _GSM8K_GOLD = re.compile(r"####[ \t]*([^\n#]*?)\s*\Z")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -141,7 +151,9 @@ def normalise_row(row: Mapping[str, object], *, row_id: str, capability: str) ->
         text = _text(row, "text") or _text(row, "contents")
         if text is None:
             found = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "none"
-            raise RowError(f"expected a value in one of the columns {', '.join(PROMPT_COLUMNS)}, found values in: {found}")
+            raise RowError(
+                f"expected a value in one of the columns {', '.join(PROMPT_COLUMNS)}, found values in: {found}"
+            )
         prompt, completion, scored, answer = "", text, None, None
     if answer is not None:
         completion = answer if completion is None else completion
@@ -167,16 +179,24 @@ def check_media_bytes(kind: MediaKind, head: bytes) -> None:
     found = _sniff(head)
     if found is not None and kind in found.kinds:
         return
-    if found is not None:
-        what = found.name
-    elif head:
-        what = f"bytes that begin with {head[:8]!r}"
-    else:
-        what = "nothing (0 bytes)"
+    unknown = f"bytes that begin with {head[:8]!r}" if head else "nothing (0 bytes)"
     formats = ", ".join(mark.name for mark in _MARKS if kind in mark.kinds)
-    article = "an" if kind in ("image", "audio") else "a"
-    noun = "audio file" if kind == "audio" else kind
-    raise RowError(f"expected {article} {noun} ({formats}), found {what}")
+    raise RowError(f"expected {_NOUNS[kind]} ({formats}), found {unknown if found is None else found.name}")
+
+
+def check_media_file(kind: MediaKind, path: Path) -> None:
+    """Look at the first bytes of a file for the mark of a format of `kind`.
+
+    Raises:
+        RowError: when it cannot be read, or is of another kind or of no known format.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RowError(f"expected {_NOUNS[kind]} at {path}, found: {reason}") from None
+    check_media_bytes(kind, head)
 
 
 # --- values -------------------------------------------------------------------------------------------------------------------
@@ -209,7 +229,14 @@ def _checked_text(value: object, where: str, *, may_be_empty: bool = False) -> s
 def _kind_of(value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"the number {value}"
-    names = {bool: "true or false", int: "a number", float: "a number", bytes: "bytes", list: "a list", dict: "an object"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -363,7 +390,7 @@ def _media(row: Mapping[str, object]) -> Media | None:
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
-        check_media_bytes(kind, value[:16])
+        check_media_bytes(kind, value[:_HEAD_BYTES])
         return Media(kind, value)
     if not isinstance(value, str):
         raise RowError(f"expected bytes or a path in column {kind!r}, found {_kind_of(value)}")
