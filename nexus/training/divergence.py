@@ -368,10 +368,8 @@ def _topk_bins(
     if ids_MK.shape[-1] == vocabulary_size:
         return kept_q_MK, torch.log_softmax(kept_p_MK, dim=-1).to(dtype)
     tail_q_M = _tail_logprob(log_q_MV, ids_MK)
-    if tail_logprob_BT is None:
-        tail_p_M = (1.0 - mass_M).clamp_min(0.0).log()
-    else:
-        tail_p_M = tail_logprob_BT.detach()[mask_BT].double()
+    rest_M = (1.0 - mass_M).clamp_min(0.0).log()
+    tail_p_M = rest_M if tail_logprob_BT is None else tail_logprob_BT.detach()[mask_BT].double()
     # Where the student masks every id outside the kept ones, a teacher's tail of a few roundings would cost infinity.
     rounding = TAIL_ROUNDING_EPS * torch.finfo(logprobs_BTK.dtype).eps
     tail_p_M = tail_p_M.masked_fill(torch.isneginf(tail_q_M.detach()) & (tail_p_M <= math.log(rounding)), -math.inf)
