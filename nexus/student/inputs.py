@@ -1,16 +1,15 @@
-"""Rows to what the student's towers take, the same in training, evaluation and the bundle."""
+"""From records to what the student's towers take; `nexus.student.preprocess` does the decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from nexus.data.records import Media, Record
 from nexus.errors import DataError
 from nexus.student.memory import MediaBatch
-from nexus.student.preprocess import Preprocessing, log_mel_features, pixel_values
+from nexus.student.preprocess import MediaInput, Noise, media_batch
+from nexus.student.presets import StudentSpec
 
 
 def read_media(media: Media) -> bytes:
@@ -24,36 +23,26 @@ def read_media(media: Media) -> bytes:
     try:
         return Path(media.data).read_bytes()
     except OSError as error:
-        raise DataError(f"Expected the {media.kind} {media.data}, found: {error.strerror}. Restore the file or remove its row.") from None
+        raise DataError(
+            f"Expected the {media.kind} {media.data}, found: {error.strerror}. Restore the file or remove its row."
+        ) from None
 
 
-def media_batch(records: Sequence[Record], preprocessing: Preprocessing, *, snr_db: float | None) -> MediaBatch:
-    """The images and recordings of a batch of rows, decoded and preprocessed; media without a tower are left out.
-
-    Args:
-        records: rows in batch order.
-        preprocessing: the student's settings.
-        snr_db: noise added to recordings, deterministic per row id; None adds none.
+def record_media(records: Sequence[Record], spec: StudentSpec, *, snr_db: float | None) -> MediaBatch:
+    """The media of `records` in their order, with noise of `snr_db` on recordings (None adds none).
 
     Raises:
-        DataError: when media cannot be read or decoded.
+        DataError: when media cannot be read or decoded, or the student has no tower for them.
     """
-    images = [(row, record.media) for row, record in enumerate(records) if record.media and record.media.kind == "image"]
-    clips = [(row, record.media) for row, record in enumerate(records) if record.media and record.media.kind == "audio"]
-    pixels = features = frame_mask = None
-    if images and preprocessing.image is not None:
-        pixels = pixel_values([read_media(media) for _, media in images], preprocessing.image)
-    if clips and preprocessing.audio is not None:
-        features, frame_mask = log_mel_features(
-            [read_media(media) for _, media in clips],
-            preprocessing.audio,
-            row_ids=[records[row].id for row, _ in clips],
-            snr_db=snr_db,
-        )
-    return MediaBatch(
-        pixel_values=pixels,
-        pixel_rows=None if pixels is None else torch.tensor([row for row, _ in images]),
-        input_features=features,
-        frame_mask=frame_mask,
-        audio_rows=None if features is None else torch.tensor([row for row, _ in clips]),
-    )
+    return media_batch([_media_input(record, snr_db) for record in records], spec)
+
+
+def _media_input(record: Record, snr_db: float | None) -> MediaInput:
+    if record.media is None:
+        return MediaInput()
+    data = read_media(record.media)
+    if record.media.kind == "image":
+        return MediaInput(image=data)
+    if record.media.kind == "audio":
+        return MediaInput(audio=data, noise=None if snr_db is None else Noise(record.id, snr_db))
+    raise DataError(f"Expected an image or a recording in row {record.id}, found a {record.media.kind}. The student has no tower for it.")

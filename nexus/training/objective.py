@@ -27,9 +27,8 @@ from nexus.config import TOWERS, Role
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.records import Record
 from nexus.errors import ConfigError, TowerLoadError
-from nexus.student.inputs import media_batch, read_media
+from nexus.student.inputs import read_media, record_media
 from nexus.student.memory import MediaBatch, NexusStudent
-from nexus.student.preprocess import Preprocessing
 from nexus.student.presets import StudentSpec
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment
@@ -80,7 +79,6 @@ class DistillationObjective(nn.Module):
         *,
         teachers: Sequence[TeacherFacts],
         capabilities: Sequence[CapabilityFacts],
-        preprocessing: Preprocessing,
         temperature: float,
         top_k: int,
         response_weight: float,
@@ -91,7 +89,6 @@ class DistillationObjective(nn.Module):
         self.tokenizer = tokenizer
         self.teachers = {teacher.id: teacher for teacher in teachers}
         self.capabilities = {capability.name: capability for capability in capabilities}
-        self._preprocessing = preprocessing
         self._temperature = temperature
         self._top_k = top_k
         self._response_weight = response_weight
@@ -185,7 +182,7 @@ class DistillationObjective(nn.Module):
             batch.attention_mask_BT,
             prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
             tower_mask_BN=tower_mask_BN,
-            media=media_batch(records, self._preprocessing, snr_db=facts.snr_db) if facts.towers else MediaBatch(),
+            media=record_media(records, self.student.spec, snr_db=facts.snr_db) if facts.towers else MediaBatch(),
             output_hidden_states=True,
         )
         return _Passed(batch, output.trunk.logits, output.trunk.hidden_states[-1], output.encoded.features)

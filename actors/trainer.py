@@ -1,0 +1,229 @@
+"""The trainer as a Ray actor: one student, its checkpoints and its events; the loop itself knows no Ray.
+
+The distilled student pulls targets from the teachers' actors as futures; the labels-only student, its comparison, has no teacher.
+Weights and training state are saved every `checkpoint_every` steps, at the end, and when asked to stop; the same command continues
+from there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nexus.config import RunConfig
+from nexus.towers.targets import ScoreRequest, TeacherTargets
+
+if TYPE_CHECKING:
+    from actors.pool import TeacherPool
+    from nexus.training.loop import DistillationLoop, StepReport
+    from nexus.training.objective import TeacherFacts
+
+STOP_TIMEOUT_S = 60.0
+"""Longest wait for a trainer to finish its step and save, after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class TrainerPlan:
+    """All that a trainer is made from; plain values."""
+
+    config: RunConfig
+    run_dir: str
+    student: str
+    """`distilled` or `labels_only`; names the checkpoint folder and the events."""
+    teachers: tuple[TeacherFacts, ...]
+    inject_spike: str | None
+
+
+@dataclass(frozen=True)
+class TrainerProgress:
+    """Where a trainer is."""
+
+    student: str
+    step: int
+    steps: int
+    note: str
+
+
+@dataclass(frozen=True)
+class TrainerResult:
+    """What a finished trainer says."""
+
+    student: str
+    steps: int
+    num_parameters: int
+    files: tuple[str, ...]
+    """Written files, relative to the run directory."""
+    skipped: int
+    rollbacks: int
+    rows: int
+    seconds: float
+    """Of this call; a resumed run counts its last part."""
+    wait_seconds: float
+
+
+class PoolSource:
+    """`nexus.training.loop.TargetSource` over the teachers' actors."""
+
+    def __init__(self, pool: TeacherPool) -> None:
+        self._pool = pool
+
+    def submit(self, key: Hashable, teacher: str, request: ScoreRequest) -> None:
+        """Queue one request."""
+        self._pool.submit(key, teacher, "score", request)
+
+    def collect(self, key: Hashable) -> TeacherTargets:
+        """Wait for one answer."""
+        return self._pool.collect(key)  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Drop what is in flight."""
+        self._pool.forget()
+
+
+class TrainerActor:
+    """Trains one student to the end of its plan."""
+
+    def __init__(self, plan: TrainerPlan) -> None:
+        self._plan = plan
+        self._stop = threading.Event()
+        self._progress = TrainerProgress(plan.student, 0, plan.config.distill.steps, "starting")
+
+    def __repr__(self) -> str:
+        """Name in Ray's logs and on its dashboard."""
+        return f"TrainerActor({self._plan.student})"
+
+    def progress(self) -> TrainerProgress:
+        """Where training is; call it in the control group."""
+        return self._progress
+
+    def pid(self) -> int:
+        """Process id; call it in the control group."""
+        return os.getpid()
+
+    def request_stop(self) -> None:
+        """Save after the step in progress and return; call it in the control group."""
+        self._stop.set()
+
+    def train(self) -> TrainerResult:
+        """Train from the newest checkpoint, or from the start, to the last step.
+
+        Raises:
+            NexusError: what the data, a teacher, or the recovery raised.
+            StageFailedError: when a stop was asked for before the last step; the state is saved.
+        """
+        import torch
+
+        from actors.metrics import TrainerMetrics
+        from nexus.errors import StageFailedError, TrainingDivergedError
+        from nexus.run import EVENTS_FILE, EventLog
+        from nexus.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+        from nexus.training.setup import build_loop
+
+        plan = self._plan
+        torch.set_num_threads(plan.config.cluster.torch_threads)
+        run_dir = Path(plan.run_dir)
+        events = EventLog(run_dir / EVENTS_FILE)
+        metrics = TrainerMetrics(plan.student)
+        folder = run_dir / "checkpoints" / plan.student
+        loop = build_loop(
+            plan.config,
+            run_dir=run_dir,
+            teachers=plan.teachers,
+            source=self._source(events) if plan.teachers else None,
+            inject_spike=plan.inject_spike,
+        )
+        fingerprint = plan.config.fingerprint()
+        found = load_checkpoint(folder, fingerprint=fingerprint)
+        if found is not None:
+            _, weights, state = found
+            loop.objective.load_state_dict(weights)
+            loop.load_state_dict(state)
+        events.truncate_steps(plan.student, loop.step)
+        totals = {"rows": 0, "wait": 0.0}
+
+        def on_report(report: StepReport) -> None:
+            self._record(report, loop, events, metrics)
+            totals["rows"] += report.rows
+            totals["wait"] += report.wait_s
+
+        def save() -> None:
+            save_checkpoint(
+                folder,
+                step=loop.step,
+                fingerprint=fingerprint,
+                weights=loop.objective.state_dict(),
+                state=loop.state_dict(),
+            )
+
+        start = time.perf_counter()
+        try:
+            finished = loop.run(on_report=on_report, should_stop=self._stop.is_set, save=save)
+        except TrainingDivergedError:
+            save()
+            raise
+        if not finished:
+            raise StageFailedError(f"Stopped at step {loop.step} of {loop.settings.steps}; the state is saved.")
+        newest = list_checkpoints(folder)[-1]
+        summary = loop.recovery.summary()
+        return TrainerResult(
+            student=plan.student,
+            steps=loop.step,
+            num_parameters=sum(parameter.numel() for parameter in loop.objective.student.parameters()),
+            files=tuple(str(path.relative_to(run_dir)) for path in sorted(newest.iterdir())),
+            skipped=summary.skipped,
+            rollbacks=summary.rollbacks,
+            rows=int(totals["rows"]),
+            seconds=time.perf_counter() - start,
+            wait_seconds=totals["wait"],
+        )
+
+    def _source(self, events: object) -> PoolSource:
+        from actors.pool import TeacherPool
+        from nexus.run import EventLog
+
+        assert isinstance(events, EventLog)
+        settings = self._plan.config.distill
+        pool = TeacherPool.attach(
+            [teacher.id for teacher in self._plan.teachers],
+            window=settings.window,
+            timeout_s=settings.target_timeout_s,
+            max_retries=settings.max_retries,
+            on_event=lambda kind, teacher, reason: events.write(
+                {"kind": "restart" if kind == "retry" else kind, "teacher": teacher, "reason": reason, "step": self._progress.step}
+            ),
+        )
+        return PoolSource(pool)
+
+    def _record(self, report: StepReport, loop: DistillationLoop, events: object, metrics: object) -> None:
+        from actors.metrics import TrainerMetrics
+        from nexus.run import EventLog
+
+        assert isinstance(events, EventLog) and isinstance(metrics, TrainerMetrics)
+        student = self._plan.student
+        common = {"student": student, "step": report.step, "draw": report.draw}
+        numbers = {
+            "losses": dict(report.losses),
+            "kd": dict(report.kd),
+            "anchor": dict(report.anchor),
+            "coefficients": dict(report.coefficients),
+            "gold": report.gold,
+            "total": report.total,
+            "grad_norm": report.grad_norm,
+            "lr": report.learning_rate,
+            "wait_s": round(report.wait_s, 4),
+        }
+        if report.action == "step":
+            events.write({"kind": "step", **common, **numbers})
+            metrics.stepped(total=report.total, losses=dict(report.losses), wait_s=report.wait_s)
+        else:
+            # JSON has no NaN: what is not finite is written as text.
+            finite = {key: value if value == value and abs(value) != float("inf") else str(value) for key, value in (("total", report.total), ("grad_norm", report.grad_norm))}
+            events.write({"kind": report.action, **common, **finite, "restored_step": report.restored_step})
+            metrics.recovered(report.action)
+        note = f"loss {report.total:.3f}" if report.action == "step" else f"{report.action} at draw {report.draw}"
+        self._progress = TrainerProgress(student, loop.step, loop.settings.steps, note)

@@ -1,0 +1,163 @@
+"""From a run's configuration to a distillation loop: tokenizer, student, streams, losses. The same for trainers and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nexus.config import RunConfig, resolve_path
+from nexus.data.loader import RecordBatches
+from nexus.data.quarantine import Quarantine
+from nexus.data.targets import TargetWriter, check_targets
+from nexus.errors import ArtifactError
+from nexus.student.memory import NexusStudent
+from nexus.student.presets import StudentSpec, load_student_spec
+from nexus.towers.registry import shipped_config
+from nexus.training.batches import Assignment, RecordStream, StepBatches
+from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
+from nexus.training.loss import GradientSurgeryLoss
+from nexus.training.objective import CapabilityFacts, DistillationObjective, TeacherFacts, align_with_teachers
+from nexus.training.recovery import RecoveryConfig
+
+TOKENIZER_DIR = "tokenizer"
+"""Folder of the run directory that keeps the student's tokenizer, so that later stages need no teacher."""
+
+
+def build_student_spec(config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts]) -> StudentSpec:
+    """The preset with the tokenizer's vocabulary, the router's keywords and an alignment per critical layer."""
+    spec = load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
+    spec = spec.with_vocabulary(
+        len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    keywords = tuple((source.towers[0], source.keywords) for source in config.data if source.keywords)
+    spec = replace(spec, router=replace(spec.router, keywords=keywords))
+    towers = {
+        teacher.id: tuple(tower for capability in teacher.capabilities for tower in config.data_of(capability).towers)
+        for teacher in config.teachers
+    }
+    return align_with_teachers(spec, teachers, towers)
+
+
+def build_loop(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    teachers: Sequence[TeacherFacts],
+    source: TargetSource | None,
+    inject_spike: str | None = None,
+) -> DistillationLoop:
+    """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything. No teachers: labelled rows only.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: when the configuration's parts do not fit each other or the data.
+    """
+    distill = config.distill
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
+    torch.manual_seed(config.seed)
+    spec = build_student_spec(config, tokenizer, teachers)
+    student = NexusStudent(spec)
+    objective = DistillationObjective(
+        student,
+        tokenizer,
+        teachers=teachers,
+        capabilities=[CapabilityFacts(data.capability, data.towers, data.snr_db) for data in config.data],
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        response_weight=distill.response_weight,
+        max_length=config.student.max_length,
+    )
+    importance = {teacher.id: teacher.importance for teacher in teachers}
+    surgery = (
+        GradientSurgeryLoss(
+            importance,
+            mode=distill.variance.mode,
+            penalty=distill.variance.penalty,
+            ramp_steps=distill.variance.ramp_steps,
+            warmup_steps=distill.variance.warmup_steps,
+        )
+        if teachers
+        else None
+    )
+    return DistillationLoop(
+        objective,
+        _batches(config, run_dir, teachers),
+        source,
+        importance=importance,
+        surgery=surgery,
+        recovery=RecoveryConfig(max_rollbacks=distill.recovery.max_rollbacks),
+        settings=LoopSettings(
+            steps=distill.steps,
+            learning_rate=distill.learning_rate,
+            warmup_steps=distill.warmup_steps,
+            weight_decay=distill.weight_decay,
+            grad_clip=distill.grad_clip,
+            gold_weight=distill.gold_weight,
+            anchor_start=distill.anchor_start,
+            anchor_end=distill.anchor_end,
+            window=distill.window,
+            snapshot_every=distill.recovery.snapshot_every,
+            checkpoint_every=distill.checkpoint_every,
+            surgery_method=distill.surgery.method,
+            surgery_every=distill.surgery.every,
+            seed=config.seed,
+        ),
+        spike=None if inject_spike is None else parse_spike(inject_spike),
+    )
+
+
+def save_tokenizer(config: RunConfig, run_dir: Path, checkpoint: Path) -> None:
+    """Keep the tokenizer of the teacher that `student.tokenizer` names in the run directory."""
+    del config
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(run_dir / TOKENIZER_DIR)
+
+
+def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts]) -> StepBatches:
+    quarantine = Quarantine(run_dir / "quarantine", config.quarantine.max_bad_share)
+    facts = {teacher.id: teacher for teacher in teachers}
+    unlabelled: dict[Assignment, RecordStream] = {}
+    for number, teacher in enumerate(config.teachers):
+        if teacher.id not in facts:
+            continue
+        for capability in teacher.capabilities:
+            source = config.data_of(capability)
+            paths = _unlabelled_paths(run_dir, facts[teacher.id], capability) or [resolve_path(text) for text in source.pool]
+            unlabelled[Assignment(teacher.id, capability)] = RecordBatches(
+                paths,
+                capability=capability,
+                batch_size=source.batch_size,
+                seed=config.seed * 1000 + number,
+                quarantine=quarantine,
+            )
+    labelled: dict[str, RecordStream] = {
+        source.capability: RecordBatches(
+            [resolve_path(text) for text in source.labelled],
+            capability=source.capability,
+            batch_size=config.distill.labelled_batch_size,
+            seed=config.seed,
+            quarantine=quarantine,
+        )
+        for source in config.data
+        if source.labelled
+    }
+    return StepBatches(unlabelled, labelled)
+
+
+def _unlabelled_paths(run_dir: Path, teacher: TeacherFacts, capability: str) -> list[Path]:
+    """Files with the language teacher's own answers; empty for encoders, which answer live."""
+    if teacher.role != "causal_lm":
+        return []
+    files = TargetWriter.files(run_dir / "targets" / teacher.id, capability)
+    if not files:
+        raise ArtifactError(
+            f"Expected {teacher.id}'s answers under {run_dir / 'targets' / teacher.id}, found none. Run `nexus extract` first."
+        )
+    for path in files:
+        check_targets(path, teacher.fingerprint)
+    return files
