@@ -67,7 +67,8 @@ bench: $(STAMP) ## Run the benchmarks (long); benchmarks/quickstart.py gives the
 	@for script in benchmarks/*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
 
 samples: $(STAMP) ## Rebuild the sample data and teachers (long; needs espeak-ng)
-	@for script in nexus/data/samples/make_*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
+	@$(BIN)/python nexus/data/samples/make_data.py
+	@$(MALLOC) $(BIN)/python nexus/data/samples/train_teachers.py
 
 lock: $(STAMP) ## Renew constraints.txt for all Pythons (needs uv); rerun the tests before committing it
 	@scripts/lock.sh
