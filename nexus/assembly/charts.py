@@ -78,7 +78,9 @@ def curve(points: Sequence[tuple[int, float]], events: Sequence[tuple[int, str, 
         return LEFT + (WIDTH - LEFT - RIGHT) * step / max(last_step, 1)
 
     def y_of(value: float) -> float:
-        place = math.log10(max(value, low) / low) / math.log10(high / low) if logarithmic else (value - low) / (high - low)
+        place = (
+            math.log10(max(value, low) / low) / math.log10(high / low) if logarithmic else (value - low) / (high - low)
+        )
         return TOP + (HEIGHT - TOP - BOTTOM) * (1.0 - min(max(place, 0.0), 1.0))
 
     upper = [(x_of(c), y_of(losses[b].max())) for c, b in zip(centres, buckets, strict=True)]

@@ -203,7 +203,9 @@ def quantisation_tax(
             f"{np.size(nf4_correct)} scores, {np.size(kl_N)} and {np.size(same_top1_N)} divergences. Score them together."
         )
     if np.size(float_correct) == 0 or np.size(kl_N) == 0:
-        raise DataError("Expected held-out rows to weigh NF4 on, found none. Name test files in data.<capability>.test.")
+        raise DataError(
+            "Expected held-out rows to weigh NF4 on, found none. Name test files in data.<capability>.test."
+        )
     return QuantisationTax(
         float_score=float(np.mean(np.asarray(float_correct, dtype=np.float64))),
         nf4_score=float(np.mean(np.asarray(nf4_correct, dtype=np.float64))),

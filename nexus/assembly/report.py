@@ -40,7 +40,16 @@ from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
 
 TEMPLATE = "report.html.jinja"
-TABLE_HEADER = ("capability", "teacher", "teacher score", "student score", "retention", "95 % interval", "contract", "labels only")
+TABLE_HEADER = (
+    "capability",
+    "teacher",
+    "teacher score",
+    "student score",
+    "retention",
+    "95 % interval",
+    "contract",
+    "labels only",
+)
 MAX_IMAGE_SIZE = 512
 """Pixels along the longer side; larger samples are reduced, so that the file stays one that can be mailed."""
 AUDIO_SAMPLING_RATE = 16_000
@@ -305,26 +314,7 @@ def _summarise(data: ReportData) -> _Summary:
         else None
     )
     weakest = min(((name, row.retention) for name, row in retention.items()), key=lambda pair: pair[1], default=None)
-    size = _parameters(metrics.student_parameters)
-    teacher_parameters = sum(metrics.teacher_parameters.values())
-    num_teachers = _count_word(len({row.teacher for row in retention.values()}))
-    if mean is None:
-        verdict, context = f"The student ({size} parameters) has not been measured.", "No capability was evaluated."
-    else:
-        one = num_teachers == "one"
-        verdict = (
-            f"The student ({size} parameters) keeps {mean:.0%} of what its {'' if one else num_teachers + ' '}"
-            f"teacher{'' if one else 's'} can do"
-        ).replace("%", "\u202f%")
-        verdict += "." if without is None else f"; without {'it' if one else 'them'} it would keep {without:.0%}.".replace("%", "\u202f%")
-        context = (
-            "Measured on held-out rows, above chance, averaged over the capabilities by their teachers' importance. "
-            + (
-                "A student trained on the labelled rows alone was not measured."
-                if without is None
-                else "\u201cWithout\u201d is the same student, trained as long on the same labelled rows and nothing else."
-            )
-        )
+    verdict, context = _verdict(metrics, mean, without)
     return _Summary(
         verdict=verdict,
         context=context,
@@ -332,9 +322,27 @@ def _summarise(data: ReportData) -> _Summary:
         mean=mean,
         weakest=weakest,
         without_teachers=without,
-        teacher_parameters=teacher_parameters,
+        teacher_parameters=sum(metrics.teacher_parameters.values()),
         seconds=sum(stage.seconds for stage in metrics.stages.values()),
         peak_memory_gib=max((stage.peak_memory_gib for stage in metrics.stages.values()), default=None),
+    )
+
+
+def _verdict(metrics: Metrics, mean: float | None, without: float | None) -> tuple[str, str]:
+    """The page's first sentence, and the one that says how its numbers were made."""
+    student = f"The student ({_parameters(metrics.student_parameters)} parameters)"
+    if mean is None:
+        return f"{student} has not been measured.", "No capability was evaluated."
+    count = len({row.teacher for row in metrics.retention.values()})
+    teachers, them = ("teacher", "it") if count == 1 else (f"{_count_word(count)} teachers", "them")
+    verdict = f"{student} keeps {100 * mean:.0f} % of what its {teachers} can do"
+    context = "Measured on held-out rows, above chance, averaged over the capabilities by their teachers' importance. "
+    if without is None:
+        return f"{verdict}.", context + "A student trained on the labelled rows alone was not measured."
+    return (
+        f"{verdict}; without {them} it would keep {100 * without:.0f} %.",
+        context
+        + "\u201cWithout\u201d is the same student, trained as long on the same labelled rows and nothing else.",
     )
 
 
@@ -366,7 +374,9 @@ def _retention_rows(metrics: Metrics) -> list[_RetentionRow]:
             contract=place(row.contract),
             labels_only_bar=None if row.labels_only_retention is None else place(row.labels_only_retention),
             labels_only_whisker=(
-                None if row.labels_only_ci95 is None else (place(row.labels_only_ci95[0]), place(row.labels_only_ci95[1]))
+                None
+                if row.labels_only_ci95 is None
+                else (place(row.labels_only_ci95[0]), place(row.labels_only_ci95[1]))
             ),
         )
         for capability, row in metrics.retention.items()

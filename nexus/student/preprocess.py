@@ -103,4 +103,7 @@ def log_mel_features(
 
 
 def _no_tower(what: str, tower: str) -> str:
-    return f"Expected input that the student has towers for, found {what} and no {tower} tower. Leave it out, or use a student with one."
+    return (
+        f"Expected input that the student has towers for, found {what} and no {tower} tower. "
+        "Leave it out, or use a student with one."
+    )

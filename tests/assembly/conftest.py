@@ -58,8 +58,16 @@ def run_config() -> RunConfig:
             "name": "quickstart",
             "seed": 0,
             "teachers": [
-                {"kind": "path", "id": teacher, "capabilities": [capability], "path": f"teachers/{teacher}", "role": role}
-                for (teacher, capability), role in zip(TEACHERS.items(), ["causal_lm"] * 2 + ["encoder"] * 2, strict=True)
+                {
+                    "kind": "path",
+                    "id": teacher,
+                    "capabilities": [capability],
+                    "path": f"teachers/{teacher}",
+                    "role": role,
+                }
+                for (teacher, capability), role in zip(
+                    TEACHERS.items(), ["causal_lm"] * 2 + ["encoder"] * 2, strict=True
+                )
             ],
             "data": [
                 {
@@ -115,7 +123,15 @@ def run_metrics() -> Metrics:
         )
         for index, teacher in enumerate(TEACHERS)
     }
-    seconds = {"profile": 21.4, "extract": 12.0, "distill": 171.9, "labels_only": 63.2, "route": 9.8, "evaluate": 34.1, "export": 1.7}
+    seconds = {
+        "profile": 21.4,
+        "extract": 12.0,
+        "distill": 171.9,
+        "labels_only": 63.2,
+        "route": 9.8,
+        "evaluate": 34.1,
+        "export": 1.7,
+    }
     return Metrics(
         retention=retention,
         quantisation_tax=tax,
@@ -136,7 +152,12 @@ def run_metrics() -> Metrics:
             },
         ),
         student_parameters=523_456,
-        teacher_parameters={"qwen3-math": 601_000, "gemma3-code": 588_000, "siglip-digits": 152_000, "whisper-digits": 431_000},
+        teacher_parameters={
+            "qwen3-math": 601_000,
+            "gemma3-code": 588_000,
+            "siglip-digits": 152_000,
+            "whisper-digits": 431_000,
+        },
         seed=0,
     )
 
@@ -192,7 +213,9 @@ def run_events() -> tuple[Mapping[str, object], ...]:
     events: list[Mapping[str, object]] = []
     for step in [*range(421), *range(380, NUM_STEPS)]:
         losses = {
-            teacher: float((0.03 + (2.9 - 0.4 * index) * math.exp(-step / (70 + 40 * index))) * generator.lognormal(0, 0.16))
+            teacher: float(
+                (0.03 + (2.9 - 0.4 * index) * math.exp(-step / (70 + 40 * index))) * generator.lognormal(0, 0.16)
+            )
             for index, teacher in enumerate(TEACHERS)
         }
         events.append(
@@ -200,41 +223,52 @@ def run_events() -> tuple[Mapping[str, object], ...]:
         )
         if step == 214:
             events.append({"time": 1.0e9 + len(events), "kind": "skip", "step": step})
-        if step == 420:
+        if len(events) == 422:
             events.append({"time": 1.0e9 + len(events), "kind": "rollback", "step": step})
         if step == 610:
             events.append({"time": 1.0e9 + len(events), "kind": "restart", "step": step})
     return tuple(events)
 
 
+def sample(
+    capability: str, prompt: str, answers: tuple[str, str, str, str | None], media: bytes | None = None
+) -> SampleRow:
+    """A sample row; `answers` are gold, teacher, student, labels only."""
+    gold, teacher, student, labels_only = answers
+    return SampleRow(
+        id=f"{capability}-{prompt}",
+        capability=capability,
+        prompt=prompt,
+        media=media,
+        media_kind=None if media is None else "audio" if capability == "audio" else "image",
+        gold=gold,
+        teacher=teacher,
+        student=student,
+        labels_only=labels_only,
+    )
+
+
 def run_samples() -> tuple[SampleRow, ...]:
-    """Two rows of each capability, right and wrong answers among them."""
+    """Two rows of each capability, right and wrong answers among them, one that the labels-only student was not asked."""
+    stones, pens = "20-2=18\n18-4=14\n#### 14", "6*7=42\n42-5=37\n#### 37"
     return (
-        SampleRow(
-            id="reasoning-test-00000",
-            capability="reasoning",
-            prompt="Mia has 20 stones, loses 2 and gives Tom 4. How many stones does Mia have now?",
-            gold="20-2=18\n18-4=14\n#### 14",
-            teacher="20-2=18\n18-4=14\n#### 14",
-            student="20-2=18\n18-4=14\n#### 14",
-            labels_only="20-4=16\n16-4=12\n#### 12",
+        sample(
+            "reasoning",
+            "Mia has 20 stones, loses 2 and gives Tom 4. How many stones does Mia have now?",
+            (stones, stones, stones, "20-4=16\n16-4=12\n#### 12"),
         ),
-        SampleRow(
-            id="reasoning-test-00001",
-            capability="reasoning",
-            prompt="A box holds 6 rows of 7 pens. 5 are broken. How many still write?",
-            gold="6*7=42\n42-5=37\n#### 37",
-            teacher="6*7=42\n42-5=37\n#### 37",
-            student="6*7=42\n42-5=37\n#### 37",
-            labels_only="6*7=41\n41-5=36\n#### 36",
+        sample(
+            "reasoning",
+            "A box holds 6 rows of 7 pens. 5 are broken. How many still write?",
+            (pens, pens, pens, "6*7=41\n41-5=36\n#### 36"),
         ),
-        SampleRow(id="code-0", capability="code", prompt='print("A" in "FFBE")', gold="False", teacher="False", student="False", labels_only="True"),
-        SampleRow(id="code-1", capability="code", prompt="print(sorted([4, 1, 3])[::-1])", gold="[4, 3, 1]", teacher="[4, 3, 1]", student="[4, 1, 3]", labels_only="[1, 4]"),
-        SampleRow(id="vision-0", capability="vision", prompt="What is the sum of the two digits in the image?", media=png(), media_kind="image", gold="12", teacher="12", student="12", labels_only="8"),
-        SampleRow(id="vision-1", capability="vision", prompt="Add the two digits in the picture.", media=png(16), media_kind="image", gold="9", teacher="7", student="9", labels_only="11"),
-        SampleRow(id="audio-0", capability="audio", prompt="Which number is spoken in the audio?", media=wav(), media_kind="audio", gold="zero", teacher="zero", student="zero", labels_only="zero"),
-        SampleRow(id="audio-1", capability="audio", prompt="What digit do you hear in the audio?", media=wav(0.4), media_kind="audio", gold="seven", teacher="seven", student="seven", labels_only=None),
-    )  # fmt: skip
+        sample("code", 'print("A" in "FFBE")', ("False", "False", "False", "True")),
+        sample("code", "print(sorted([4, 1, 3])[::-1])", ("[4, 3, 1]", "[4, 3, 1]", "[4, 1, 3]", "[1, 4]")),
+        sample("vision", "What is the sum of the two digits in the image?", ("12", "12", "12", "8"), png()),
+        sample("vision", "Add the two digits in the picture.", ("9", "7", "9", "11"), png()),
+        sample("audio", "Which number is spoken in the audio?", ("zero", "zero", "zero", "zero"), wav()),
+        sample("audio", "What digit do you hear in the audio?", ("seven", "seven", "seven", None), wav(0.4)),
+    )
 
 
 @pytest.fixture(scope="session")
