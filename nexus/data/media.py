@@ -28,7 +28,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
-    # Pillow's decoders raise these for unknown formats, truncated files and decompression bombs; SyntaxError is its word for a broken PNG.
+    # Pillow raises these for unknown formats, truncated files and decompression bombs; SyntaxError is its word for a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(_unreadable("an image file such as PNG or JPEG", data, error)) from error
 

@@ -23,7 +23,7 @@ def evaluate(prompt: str) -> str:
     """Returns what a `print(...)` call of ours prints; only the few builtins that the prompts use can be reached."""
     allowed = {"len": len, "max": max, "min": min, "sum": sum, "sorted": sorted}
     expression = prompt.removeprefix("print(").removesuffix(")")
-    return str(eval(expression, {"__builtins__": {}}, allowed))  # noqa: S307 - our own generated text
+    return str(eval(expression, {"__builtins__": {}}, allowed))  # nosec B307 - only texts made by this module
 
 
 def _word(rng: np.random.Generator, low: int, high: int) -> str:

@@ -95,7 +95,12 @@ def make_audio(capability: str) -> None:
             while len(rows) < count:
                 # A tenth more than needed: some recordings are too long or repeat another.
                 takes = [
-                    (int(rng.integers(10)), str(rng.choice(voices)), int(rng.integers(130, 221)), int(rng.integers(15, 86)))
+                    (
+                        int(rng.integers(10)),
+                        str(rng.choice(voices)),
+                        int(rng.integers(130, 221)),
+                        int(rng.integers(15, 86)),
+                    )
                     for _ in range((count - len(rows)) * 11 // 10 + 1)
                 ]
                 for (digit, voice, _, _), clip in zip(takes, threads.map(_record, takes), strict=True):
@@ -117,9 +122,7 @@ def write(capability: str, split: str, rows: list[Row], answer_column: str) -> N
             columns[name] = [row[name] for row in rows]
     path = HERE / capability / f"{split}.parquet"
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(
-        pa.table(columns), path, compression="zstd", compression_level=19, row_group_size=_ROW_GROUP_SIZE
-    )
+    pq.write_table(pa.table(columns), path, compression="zstd", compression_level=19, row_group_size=_ROW_GROUP_SIZE)
     print(f"{path.relative_to(HERE)}: {len(rows)} rows, {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 

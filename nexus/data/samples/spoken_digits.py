@@ -65,9 +65,7 @@ def synthesise(word: str, voice: str, words_per_minute: int, pitch: int) -> np.n
 def encode_opus(samples: np.ndarray) -> bytes:
     """Returns 8 kHz mono samples as OGG/Opus bytes, the same bytes every time (libsndfile draws a random stream number)."""
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer, samples, SAMPLING_RATE, format="OGG", subtype="OPUS", compression_level=_COMPRESSION_LEVEL
-    )
+    soundfile.write(buffer, samples, SAMPLING_RATE, format="OGG", subtype="OPUS", compression_level=_COMPRESSION_LEVEL)
     return _with_serial_number(buffer.getvalue(), 1)
 
 

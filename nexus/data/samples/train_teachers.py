@@ -3,8 +3,8 @@
 Run as `python nexus/data/samples/train_teachers.py [--only ID]`. Teachers see their own split only (`teacher_train.parquet`,
 and for vision and audio further images, noise and speeds made from the same scans and recordings). The last part of each
 training rounds the weights to NF4 in the forward pass and lets gradients through (straight-through estimator, Bengio et al.
-2013, https://arxiv.org/abs/1308.3432), so that a teacher keeps its accuracy when it is loaded in NF4. Ends with exit code 1 when a teacher
-is below `REQUIRED_ACCURACY` in NF4.
+2013, https://arxiv.org/abs/1308.3432), so that a teacher keeps its accuracy when it is loaded in NF4. Ends with exit code 1
+when a teacher is below `REQUIRED_ACCURACY` in NF4.
 
 Shape letters: B batch, T time, C channels, H height, W width.
 """
@@ -131,7 +131,7 @@ def train_reasoning(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    schedule = Schedule(steps=2400, nf4_steps=500, batch_size=64, peak_lr=3e-3)
+    schedule = Schedule(steps=1200, nf4_steps=300, batch_size=64, peak_lr=3e-3)
     _train_text(Qwen3ForCausalLM(config), tokenizer, problems, schedule, folder)
 
 

@@ -1,0 +1,135 @@
+"""Decoding of image and audio bytes, and the noise that is fixed by a row's id."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from nexus.data.media import add_noise, decode_audio, decode_image
+from nexus.errors import DataError
+
+
+def wav_bytes(samples: np.ndarray, rate: int, subtype: str = "FLOAT") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def image_bytes(image: Image.Image, file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format)
+    return buffer.getvalue()
+
+
+def tone(rate: int, hertz: float, seconds: float = 0.5) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+
+
+def test_a_gray_png_becomes_rgb_with_three_equal_channels() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = decode_image(image_bytes(Image.fromarray(pixels), "PNG"))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.stack([pixels] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "GIF", "TIFF"])
+def test_lossless_formats_decode_to_the_same_image(file_format: str) -> None:
+    image = Image.fromarray(np.full((8, 8), 200, np.uint8))
+    assert np.unique(np.asarray(decode_image(image_bytes(image, file_format)))).tolist() == [200]
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "header only"])
+def test_bytes_that_are_no_whole_image_are_one_line_of_data_error(damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    png = image_bytes(Image.fromarray(noise), "PNG")
+    data = {"text": b"not an image", "empty": b"", "truncated": png[: len(png) // 2], "header only": png[:8]}[damage]
+    with pytest.raises(DataError, match="expected an image file") as caught:
+        decode_image(data)
+    assert "\n" not in str(caught.value)
+    assert f"found {len(data)} bytes" in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_broken_png_chunk_is_a_data_error() -> None:
+    png = bytearray(image_bytes(Image.fromarray(np.zeros((8, 8), np.uint8)), "PNG"))
+    png[29] ^= 0xFF  # the checksum of the header chunk
+    with pytest.raises(DataError):
+        decode_image(bytes(png))
+
+
+def test_mono_samples_at_the_wanted_rate_come_back_unchanged() -> None:
+    samples = tone(8000, 440).astype(np.float32)
+    decoded = decode_audio(wav_bytes(samples, 8000), 8000)
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, samples)
+
+
+def test_channels_are_averaged() -> None:
+    left, right = tone(8000, 300), tone(8000, 500)
+    decoded = decode_audio(wav_bytes(np.stack([left, right], axis=1), 8000), 8000)
+    np.testing.assert_allclose(decoded, (left + right) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(16000, 8000), (8000, 16000), (44100, 8000), (22050, 16000)])
+def test_resampling_keeps_duration_pitch_and_loudness(rate: int, wanted: int) -> None:
+    decoded = decode_audio(wav_bytes(tone(rate, 440), rate), wanted)
+    assert abs(len(decoded) - wanted // 2) <= 1
+    expected = tone(wanted, 440)[: len(decoded)]
+    middle = slice(wanted // 20, -wanted // 20)  # the filter rings at both ends
+    np.testing.assert_allclose(decoded[middle], expected[: len(decoded)][middle], atol=0.01)
+
+
+def test_ogg_opus_is_decoded() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(8000, 440), 8000, format="OGG", subtype="OPUS")
+    decoded = decode_audio(buffer.getvalue(), 8000)
+    assert np.corrcoef(decoded[:4000], tone(8000, 440)[: len(decoded)])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("data", [b"", b"not audio", b"RIFF\x00\x00\x00\x00WAVE"])
+def test_bytes_that_are_no_audio_are_one_line_of_data_error(data: bytes) -> None:
+    with pytest.raises(DataError, match="expected an audio file") as caught:
+        decode_audio(data, 8000)
+    assert "\n" not in str(caught.value)
+
+
+def test_audio_without_samples_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="holds no sample"):
+        decode_audio(wav_bytes(np.zeros(0), 8000), 8000)
+
+
+def test_a_row_is_given_the_same_noise_every_time_and_another_row_another_noise() -> None:
+    waveform = tone(8000, 440).astype(np.float32)
+    first = add_noise(waveform, "audio-test-00001", 10.0)
+    assert np.array_equal(first, add_noise(waveform, "audio-test-00001", 10.0))
+    other = add_noise(waveform, "audio-test-00002", 10.0)
+    assert abs(np.corrcoef(first - waveform, other - waveform)[0, 1]) < 0.1
+
+
+def test_noise_is_seeded_by_the_first_eight_bytes_of_the_ids_sha256() -> None:
+    waveform = tone(8000, 440).astype(np.float32)
+    seed = int(hashlib.sha256(b"row").hexdigest()[:16], 16)
+    expected = np.random.default_rng(seed).normal(size=len(waveform))
+    noise = add_noise(waveform, "row", 0.0).astype(np.float64) - waveform
+    assert np.corrcoef(noise, expected)[0, 1] > 0.999999
+
+
+@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 10.0, 30.0])
+def test_noise_has_the_asked_power(snr_db: float) -> None:
+    waveform = tone(8000, 440, seconds=10).astype(np.float32)
+    noisy = add_noise(waveform, "row", snr_db)
+    noise = noisy.astype(np.float64) - waveform
+    measured = 10 * np.log10(np.mean(waveform.astype(np.float64) ** 2) / np.mean(noise**2))
+    # 80,000 samples: the power estimate has a relative standard error of 0.5 %, which is 0.02 dB.
+    assert measured == pytest.approx(snr_db, abs=0.1)
+    assert noisy.dtype == np.float32
+
+
+def test_silence_stays_silent() -> None:
+    assert not add_noise(np.zeros(100, np.float32), "row", 10.0).any()
