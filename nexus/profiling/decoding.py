@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from nexus.errors import ProfilingError
 from nexus.profiling.layers import BlockCall, BlockStack, Rows
-from nexus.profiling.perturbation import stacked_rows
+from nexus.profiling.perturbation import language_model_head, stacked_rows
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,18 @@ class GreedyDecode:
     def prefill(self, input_ids_BT: Tensor, num_variants: int) -> Tensor:
         """Run the prompt; return the logits [variants * B, V] that follow it."""
 
-        def keep_last(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (args[0][:, -1:], *args[1:])
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
+        hook = language_model_head(self.model).register_forward_pre_hook(keep_last)
         try:
             output = self.model(**text_inputs(self.model, input_ids_BT, self.mask_RT), use_cache=True)
         finally:
             hook.remove()
         self.cache = output.past_key_values
         self.mask_RT = self.mask_RT.repeat(num_variants, 1)
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def step(self, token_ids_R: Tensor) -> Tensor:
         """Append one token per row; return the next logits [R, V]."""
@@ -89,7 +91,8 @@ class GreedyDecode:
             inputs["position_ids"] = position_ids_of(self.mask_RT)[:, -1:]
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 def brute_generations(
@@ -118,11 +121,12 @@ def brute_generations(
             stack.require_called_once(calls)
             first_logits.append(logits)
             for step in range(max_new_tokens):
-                logits = decode.step(tokens_BA[:, step - 1]) if step else logits
-                tokens_BA[alive_B, step] = logits.argmax(dim=-1)[alive_B]
-                alive_B &= ~torch.isin(tokens_BA[:, step], eos_E)
-                if not alive_B.any():
+                next_B = logits.argmax(dim=-1)
+                tokens_BA[alive_B, step] = next_B[alive_B]
+                alive_B &= ~torch.isin(next_B, eos_E)
+                if step + 1 == max_new_tokens or not alive_B.any():
                     break
+                logits = decode.step(next_B)
         generations.append(tokens_BA)
     stack.require_effect(torch.stack(first_logits))
     return torch.stack(generations)
@@ -139,7 +143,7 @@ def stacked_generations(
     """Return int64 [L+1, B, A]: greedy tokens of the clean model (row 0) and with block i the identity (row i+1).
 
     Raises:
-        ProfilingError: no ablation changes the first logits, or the model keeps no cache of one entry per block.
+        ProfilingError: no ablation changes the first logits, these are NaN, or the model keeps no cache of one entry per block.
     """
     num_variants, batch_size, device = len(stack) + 1, len(input_ids_BT), input_ids_BT.device
     eos_E = torch.tensor(stop.eos_ids, device=device)
@@ -154,8 +158,8 @@ def stacked_generations(
     with stack.intercept(sweep_prompt) as calls:
         logits = decode.prefill(input_ids_BT, num_variants)
     stack.require_called_once(calls)
-    stack.require_effect(logits.unflatten(0, (num_variants, batch_size)))
-    cache_layers = list(decode.cache.layers) if isinstance(decode.cache, Cache) else []
+    stack.require_effect(logits.view(num_variants, batch_size, -1))
+    cache_layers: list[Any] = list(decode.cache.layers) if isinstance(decode.cache, Cache) else []
     if len(cache_layers) != len(stack):
         raise ProfilingError(
             f"Expected a cache entry for each of the {len(stack)} blocks at '{stack.path}', found {len(cache_layers)}: ablations "
@@ -184,11 +188,11 @@ def stacked_generations(
             if step + 1 == max_new_tokens or not alive_R.any():
                 break
             # A block without rows would lose count of the tokens: keep finished rows while a single ablation is left.
-            if not alive_R.all() and len(skips_R[alive_R].unique()) > 1:
+            if not alive_R.all() and len(torch.unique(skips_R[alive_R])) > 1:
                 for layer, rows_S in zip(cache_layers, rows_of_block, strict=True):
                     layer.reorder_cache(alive_R[rows_S].nonzero()[:, 0])
                 decode.mask_RT, next_R, row_R, skips_R = (x[alive_R] for x in (decode.mask_RT, next_R, row_R, skips_R))
                 alive_R = torch.ones_like(row_R, dtype=torch.bool)
                 rows_of_block[:] = [(skips_R != index).nonzero()[:, 0] for index in range(len(stack))]
             logits = decode.step(next_R)
-    return tokens_RA.unflatten(0, (num_variants, batch_size))
+    return tokens_RA.view(num_variants, batch_size, max_new_tokens)

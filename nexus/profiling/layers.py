@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,12 @@ class BlockCall:
         if rows is not None:
             args = tuple(_select_rows("", value, rows) for value in args)
             kwargs = {name: _select_rows(name, value, rows) for name, value in kwargs.items()}
-        output = self._forward(hidden_RTD, *args, **kwargs)
-        if isinstance(output, tuple):
-            self.extras = output[1:]
-            return output[0]
-        return output
+        output: Tensor | tuple[Any, ...] = self._forward(hidden_RTD, *args, **kwargs)
+        if isinstance(output, Tensor):
+            return output
+        self.extras = output[1:]
+        hidden: Tensor = output[0]
+        return hidden
 
 
 BlockHandler = Callable[[BlockCall], Tensor]
@@ -117,14 +118,22 @@ class BlockStack:
             )
 
     def require_effect(self, readings_V: Tensor) -> None:
-        """Raise ProfilingError when no ablation moved any reading.
+        """Raise ProfilingError when no ablation moved any reading, or when one is no number.
 
         Args:
-            readings_V: [L+1, ...] finite numbers read off the model's output, the clean ones first.
+            readings_V: [L+1, ...] numbers read off the model's output, the clean ones first; logits of tokens that a model
+                rules out may be infinite.
         """
+        if bool(readings_V.isnan().any()):
+            raise ProfilingError(
+                f"Expected outputs of the model and of its ablations at '{self.path}' to be numbers, found NaN. Load the model in "
+                "a wider compute dtype (float32), or leave out the rows that cause it."
+            )
         clean, ablated = readings_V[:1], readings_V[1:]
+        moves = torch.where(ablated == clean, 0.0, (ablated - clean).abs())
+        scale = clean[clean.isfinite()].abs().max()
         # Rows computed in one stacked matrix product may differ in the last bits although nothing was ablated.
-        if (ablated - clean).abs().max() <= 1e-6 * clean.abs().max():
+        if moves.max() <= 1e-6 * scale:
             raise ProfilingError(
                 f"Expected skipping a block at '{self.path}' to change the model's output, found that none of {len(self)} "
                 "ablations changes anything. Pass layers= with the path of the blocks that process this input."
@@ -157,8 +166,9 @@ def find_blocks(model: PreTrainedModel, layers: str | Sequence[nn.Module] | None
         if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
             raise ProfilingError("Expected layers= to be None, a dotted path or a sequence of modules, found neither.")
         return BlockStack(_path_of(model, blocks[0]), blocks)
-    for base in (model.get_decoder(), model.get_encoder()):
-        candidates = [module for module in base.modules() if _is_block_list(module)]
+    bases: tuple[nn.Module, ...] = (cast(Any, model).get_decoder(), cast(Any, model).get_encoder())
+    for base in bases:
+        candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
         if candidates:
             # max keeps the first of equals: the outermost list.
             longest = max(candidates, key=len)
@@ -184,12 +194,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _is_block_list(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(isinstance(element, GradientCheckpointingLayer) for element in module)
-    )
+def _holds_blocks(modules: nn.ModuleList) -> bool:
+    return len(modules) > 0 and all(isinstance(module, GradientCheckpointingLayer) for module in modules)
 
 
 def _path_of(model: nn.Module, block: nn.Module) -> str:

@@ -37,6 +37,10 @@ from nexus.profiling.spectral import Comoment
 
 Strategy = Literal["auto", "brute", "prefix", "triangular", "stacked"]
 
+# What the live rows of one micro-batch may take when its size is not given: hidden states, scored logits, cached keys and values.
+# A block's own intermediates come on top (about six times its hidden states in a usual MLP).
+_WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**32}
+
 # Is shown the index of a block and the clean outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor], None]
 
@@ -117,7 +121,7 @@ class NIWTProfiler:
 
         Raises:
             ValueError: shapes differ, a prompt is padded on the right, or nothing is to be generated.
-            ProfilingError: the model cannot generate, or no ablation changes its output.
+            ProfilingError: the model cannot generate or gives NaN, or no ablation changes its output.
         """
         _require_text(input_ids_BT, attention_mask_BT)
         if max_new_tokens < 1:
@@ -131,9 +135,11 @@ class NIWTProfiler:
             )
         generate = brute_generations if self._sweep_strategy(is_text=True) == "brute" else stacked_generations
         stop = stop_tokens(self.model)
+        prompt_length = input_ids_BT.shape[1]
+        size = self._text_batch_size(prompt_length, 1, prompt_length + max_new_tokens)
         parts = []
         with undisturbed(self.model):
-            for ids_BT, mask_BT in self._micro_batches(input_ids_BT, attention_mask_BT):
+            for ids_BT, mask_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT):
                 parts.append(generate(self.model, self.stack, ids_BT, mask_BT, max_new_tokens, stop))
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
@@ -147,7 +153,8 @@ class NIWTProfiler:
         has_targets_B = targets_BT.any(dim=1)
         if not bool(has_targets_B.any()):
             raise ProfilingError("Expected loss_mask to mark target tokens, found none after position 0 of any row.")
-        scores = self._score(*(tensor[has_targets_B] for tensor in (input_ids_BT, attention_mask_BT, targets_BT)))
+        rows = has_targets_B.nonzero()[:, 0]
+        scores = self._score(input_ids_BT[rows], attention_mask_BT[rows], targets_BT[rows])
         return (scores.delta_LB.sum(dim=1) / scores.counts_B.sum()).float().to(input_ids_BT.device)
 
     def delta_nll_per_sample(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ class NIWTProfiler:
         Raises:
             ProfilingError: as `delta_nll_per_sample`, naming samples.
         """
-        sample_ids = tuple(batch.sample_ids)
+        sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
         statistics = _LayerStatistics(len(self.stack))
@@ -225,27 +232,25 @@ class NIWTProfiler:
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets."""
         strategy = self._sweep_strategy(is_text=True)
+        size = self._text_batch_size(input_ids_BT.shape[1], int(targets_BT.sum(dim=1).max()), 0)
         parts = []
         with undisturbed(self.model):
-            for ids_BT, mask_BT, chosen_BT in self._micro_batches(input_ids_BT, attention_mask_BT, targets_BT):
+            for ids_BT, mask_BT, chosen_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT, targets_BT):
                 scored = scored_tokens(ids_BT, chosen_BT)
                 read = token_reader(self.model, text_inputs(self.model, ids_BT, mask_BT), scored)
                 readings_VN2 = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-                parts.append(_token_scores(readings_VN2.cpu(), scored.rows_N.cpu(), len(ids_BT)))
-        return _Scores(
-            metric="delta_nll",
-            counts_B=torch.cat([part.counts_B for part in parts]),
-            delta_LB=torch.cat([part.delta_LB for part in parts], dim=1),
-            clean_nll_B=torch.cat([part.clean_nll_B for part in parts]),
-            correct_VB=torch.cat([part.correct_VB for part in parts], dim=1),
-        )
+                parts.append(_sums_per_sample(readings_VN2.cpu(), scored.rows_N.cpu(), len(ids_BT)))
+        nll_VB, hits_VB = torch.cat(parts, dim=1).unbind(dim=-1)
+        counts_B = targets_BT.sum(dim=1).cpu()
+        return _Scores("delta_nll", counts_B, nll_VB[1:] - nll_VB[:1], nll_VB[0], hits_VB == counts_B)
 
     def _score_encoder(self, batch: EncoderProfileBatch, observe: StatesObserver) -> _Scores:
         """Sweep all micro-batches of an encoder's inputs."""
         strategy = self._sweep_strategy(is_text=False)
+        size = self.micro_batch_size or batch.num_rows
         parts = []
         with undisturbed(self.model):
-            for tensors in self._slices(list(batch.inputs.values())):
+            for tensors in _slices(list(batch.inputs.values()), size, self.model.device):
                 inputs = dict(zip(batch.inputs, tensors, strict=True))
                 read = OutputReader(self.model, inputs)
                 mask_BT = inputs.get("attention_mask")
@@ -264,19 +269,25 @@ class NIWTProfiler:
             return "prefix"
         return "triangular"
 
-    def _slices(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield the micro-batches of tensors that share their first axis, on the model's device."""
-        size = self.micro_batch_size or len(tensors[0])
-        for start in range(0, len(tensors[0]), size):
-            yield [tensor[start : start + size].to(self.model.device) for tensor in tensors]
+    def _text_batch_size(self, num_columns: int, num_logits: int, num_cached: int) -> int:
+        """Return how many samples of text to run at once, so that the live rows of all ablations fit the workspace."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        config = self.model.config.get_text_config()
+        num_variants = len(self.stack) + 1
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values = num_columns * config.hidden_size + num_logits * config.vocab_size
+        values += num_cached * 2 * len(self.stack) * heads * head_dim
+        workspace = _WORKSPACE_BYTES["cpu" if self.model.device.type == "cpu" else "accelerator"]
+        return max(1, workspace // int(num_variants * values * self.model.dtype.itemsize))
 
-    def _micro_batches(self, *tensors_BT: Tensor) -> Iterator[list[Tensor]]:
-        """Yield micro-batches of (ids, attention mask, ...), without the columns that are padding in all of their rows."""
-        for ids_BT, mask_BT, *others in self._slices(tensors_BT):
-            mask_BT = mask_BT.long()
+    def _micro_batches(self, size: int, *tensors_BT: Tensor) -> Iterator[list[Tensor]]:
+        """Yield `size` rows at a time of (ids, attention mask, ...), without columns that are padding in all of them."""
+        for ids_BT, mask_BT, *others in _slices(tensors_BT, size, self.model.device):
             columns = mask_BT.any(dim=0).nonzero()
             used = slice(int(columns[0]), int(columns[-1]) + 1)
-            yield [tensor[:, used] for tensor in (ids_BT, mask_BT, *others)]
+            yield [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +299,12 @@ class _Scores:
     delta_LB: Tensor
     clean_nll_B: Tensor | None
     correct_VB: Tensor | None
+
+
+def _slices(tensors: Sequence[Tensor], size: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """Yield `size` rows at a time of tensors that share their first axis."""
+    for start in range(0, len(tensors[0]), size):
+        yield [tensor[start : start + size].to(device) for tensor in tensors]
 
 
 class _LayerStatistics:
@@ -309,13 +326,9 @@ class _LayerStatistics:
             self.comoments[index] = self.comoments[index].merge(comoment)
 
 
-def _token_scores(readings_VN2: Tensor, rows_N: Tensor, num_rows: int) -> _Scores:
-    num_variants = len(readings_VN2)
-    # On the CPU, because index_add of float64 has no fixed order on a GPU.
-    sums_VB2 = torch.zeros(num_variants, num_rows, 2, dtype=torch.float64).index_add(1, rows_N, readings_VN2)
-    counts_B = torch.bincount(rows_N, minlength=num_rows)
-    nll_VB, hits_VB = sums_VB2.unbind(dim=-1)
-    return _Scores("delta_nll", counts_B, nll_VB[1:] - nll_VB[:1], nll_VB[0], hits_VB == counts_B)
+def _sums_per_sample(readings_VN2: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
+    """Return [V, B, 2]. On the CPU, because index_add of float64 has no fixed order on a GPU."""
+    return readings_VN2.new_zeros(len(readings_VN2), num_rows, 2).index_add(1, rows_N, readings_VN2)
 
 
 def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None) -> _Scores:

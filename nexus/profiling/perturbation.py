@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ProfilingError
@@ -42,7 +42,7 @@ def sweep_skips(stack: BlockStack, read: Reader, strategy: SweepStrategy, observ
     A block whose output equals its input bit for bit is given the clean readings themselves.
 
     Raises:
-        ProfilingError: the model does not call each block once, or no ablation changes anything.
+        ProfilingError: the model does not call each block once, gives NaN, or no ablation changes anything.
     """
     is_identity = [False] * len(stack)
     clean_inputs: list[Tensor] = []
@@ -83,11 +83,6 @@ def sweep_skips(stack: BlockStack, read: Reader, strategy: SweepStrategy, observ
     for index, unchanged in enumerate(is_identity):
         if unchanged:
             readings_V[index + 1] = readings_V[0]
-    if not bool(torch.isfinite(readings_V).all()):
-        raise ProfilingError(
-            f"Expected finite outputs of the model and of its ablations at '{stack.path}', found NaN or infinity. Load the "
-            "teacher in a wider compute dtype (float32), or leave out the rows that cause it."
-        )
     stack.require_effect(readings_V)
     return readings_V
 
@@ -135,20 +130,30 @@ def scored_tokens(input_ids_BT: Tensor, targets_BT: Tensor) -> ScoredTokens:
     return ScoredTokens(rows_N, columns_N - 1, input_ids_BT[rows_N, columns_N])
 
 
+def language_model_head(model: PreTrainedModel) -> nn.Module:
+    """Return the module that turns hidden states into logits.
+
+    Raises:
+        ProfilingError: the model has none.
+    """
+    head: nn.Module | None = cast(Any, model).get_output_embeddings()
+    if head is None:
+        raise ProfilingError(
+            f"Expected a language-model head, found none in {type(model).__name__}. Profile it as an encoder."
+        )
+    return head
+
+
 def token_reader(model: PreTrainedModel, inputs: Mapping[str, Tensor], scored: ScoredTokens) -> Reader:
     """Return a reader of [variants, N, 2]: the scored tokens' negative log-likelihood (nats) and whether they are the argmax.
 
     The head sees the scored positions only, through a hook, because not every model can be told which logits to keep.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ProfilingError(
-            f"Expected a language-model head, found none in {type(model).__name__}. Profile it as an encoder."
-        )
+    head = language_model_head(model)
 
     def read(num_variants: int) -> Tensor:
-        def keep_scored(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden_VBTD = args[0].unflatten(0, (num_variants, -1))
+        def keep_scored(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_VBTD = args[0].view(num_variants, -1, *args[0].shape[1:])
             return (hidden_VBTD[:, scored.rows_N, scored.positions_N].flatten(0, 1)[None], *args[1:])
 
         hook = head.register_forward_pre_hook(keep_scored)
@@ -156,7 +161,7 @@ def token_reader(model: PreTrainedModel, inputs: Mapping[str, Tensor], scored: S
             logits = model(**inputs, use_cache=False).logits[0]
         finally:
             hook.remove()
-        return _token_readings(logits, scored.targets_N.repeat(num_variants)).unflatten(0, (num_variants, -1))
+        return _token_readings(logits, scored.targets_N.repeat(num_variants)).view(num_variants, -1, 2)
 
     return read
 
@@ -197,7 +202,7 @@ def _token_readings(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return float64 [N, 2]: negative log-likelihood and argmax hit. Half precision logits are widened chunk by chunk."""
     readings = []
     size = max(1, _LOGITS_PER_CHUNK // logits_NV.shape[-1])
-    for logits, targets in zip(logits_NV.split(size), targets_N.split(size), strict=True):
+    for logits, targets in zip(torch.split(logits_NV, size), torch.split(targets_N, size), strict=True):
         wide = logits if logits.dtype == torch.float64 else logits.float()
         nll = torch.logsumexp(wide, dim=-1) - wide.gather(-1, targets[:, None])[:, 0]
         readings.append(torch.stack([nll.double(), (wide.argmax(dim=-1) == targets).double()], dim=-1))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -104,8 +104,8 @@ def _generate(
     pad_id = _pad_id(model, tokenizer)
     width = max(len(row) for row in ids)
     input_ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], device=model.device)
-    mask_BT: Tensor = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    generated = model.generate(
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    generated: Tensor = cast(Any, model).generate(
         input_ids=input_ids_BT,
         attention_mask=mask_BT,
         max_new_tokens=max_new_tokens,
@@ -113,7 +113,7 @@ def _generate(
         num_beams=1,
         pad_token_id=pad_id,
     )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in generated[:, width:]]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in generated[:, width:]]
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

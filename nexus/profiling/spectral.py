@@ -39,7 +39,7 @@ class Comoment:
 
     def eigenvalues(self) -> np.ndarray:
         """Return the eigenvalues [D] of the population covariance, largest first, rounding below zero cut off."""
-        return np.clip(np.linalg.eigvalsh(self.comoment_DD / self.count)[::-1], 0.0, None)
+        return np.asarray(np.clip(np.linalg.eigvalsh(self.comoment_DD / self.count)[::-1], 0.0, None))
 
 
 def intrinsic_dimension(eigenvalues_D: np.ndarray, share: float = 0.95) -> int:

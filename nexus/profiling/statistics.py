@@ -19,7 +19,7 @@ _COUNTS_PER_CHUNK = 2**22
 
 def pooled_mean(sums_LS: np.ndarray, counts_S: np.ndarray) -> np.ndarray:
     """Return [L]: the sums over all samples per counted token."""
-    return sums_LS.sum(axis=1) / counts_S.sum()
+    return np.asarray(sums_LS.sum(axis=1) / counts_S.sum())
 
 
 def bootstrap_interval(
@@ -44,7 +44,7 @@ def bootstrap_interval(
             np.float64
         )
         means.append((draws_RS @ sums_LS.T) / (draws_RS @ counts_S)[:, None])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T
+    return np.asarray(np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T)
 
 
 def critical_set(importance_L: np.ndarray) -> list[tuple[int, float]]:
