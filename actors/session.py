@@ -17,17 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_environment, resolve_cluster
 from actors.memory import MemoryMeter
+from nexus.artifacts import read_artifact
 from nexus.config import RunConfig
+from nexus.errors import NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
+    from nexus.training.objective import TeacherFacts
 
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 1800.0
 """A 30B checkpoint quantises at 10-24 million parameters per second and core."""
+
+
+FACTS_FILE = "teachers.json"
+"""What the distilled student was trained with; written once the teachers are known."""
 
 
 class Interrupted(BaseException):
@@ -78,6 +85,7 @@ class Session:
         self._cluster: ClusterSession | None = None
         self._pool: TeacherPool | None = None
         self._reports: dict[str, LoadReport] = {}
+        self._student: Any = None
 
     def __enter__(self) -> Session:
         """Begin to measure memory and to watch for signals."""
@@ -161,6 +169,63 @@ class Session:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each loaded teacher."""
         return {teacher: report.fingerprint for teacher, report in self.load_reports.items()}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each teacher, known without loading it."""
+        from nexus.config import RegistryTeacher
+        from nexus.towers.registry import load_registry
+
+        registry = load_registry()
+        return {
+            teacher.id: registry.get(teacher.id).role if isinstance(teacher, RegistryTeacher) else teacher.role
+            for teacher in self.config.teachers
+        }
+
+    @property
+    def teacher_facts(self) -> tuple[TeacherFacts, ...]:
+        """What training and its checkpoints depend on; written by the distill stage, read by the later ones."""
+        from nexus.training.facts import TeacherFactsFile
+
+        return read_artifact(self.run.path / FACTS_FILE, TeacherFactsFile).to_facts()
+
+    @property
+    def student(self) -> Any:
+        """Handle of the student's actor."""
+        if self._student is None:
+            self.cluster  # noqa: B018  # connects
+            from actors.evaluation import remote_student
+
+            self._student = remote_student(self)
+        return self._student
+
+    def wait_for(self, reference: Any, *, timeout_s: float = 3600.0) -> Any:
+        """The result behind a reference of this run's own actors.
+
+        Raises:
+            NexusError: what the actor raised.
+            StageFailedError: when the actor died or did not answer in time.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        limit = time.monotonic() + timeout_s
+        ready: list[Any] = []
+        while not ready:
+            if time.monotonic() > limit:
+                raise StageFailedError(f"Expected an answer within {timeout_s:.0f} s, found none. Run the same command again.")
+            # Short waits, so that Ctrl-C is seen.
+            ready, _ = ray.wait([reference], timeout=1.0)
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, NexusError):
+                raise error.cause from None
+            raise
+        except RayActorError:
+            raise StageFailedError(
+                "An actor of this run died (killed, or out of memory). Completed work is kept: run the same command again."
+            ) from None
 
     def gpu_share(self, sharers: int) -> float:
         """GPUs of one actor when `sharers` actors divide the cluster's GPUs; 0 without a GPU. Always 1/n: Ray cannot always

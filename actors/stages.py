@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.session import Interrupted, Session
+from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
 from nexus.config import DataConfig, resolve_path
 from nexus.errors import DataError, StageFailedError
@@ -20,7 +20,7 @@ from nexus.run import STAGES
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherWork
-    from nexus.training.objective import TeacherFacts
+    from nexus.training.facts import TeacherFacts
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "profile": (),
@@ -240,7 +240,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     import ray
 
     from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
+    from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
+    from nexus.training.setup import save_tokenizer
 
     config = session.config
     if inject_spike is not None:
@@ -250,6 +252,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         for teacher in config.teachers
     }
     facts = _teacher_facts(session, profiles)
+    write_artifact(session.run.path / FACTS_FILE, TeacherFactsFile.from_facts(facts))
+    save_tokenizer(session.checkpoint_of(config.student.tokenizer), session.run.path)
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
@@ -324,7 +328,7 @@ def _progress(actor):  # type: ignore[no-untyped-def]
 
 
 def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tuple[TeacherFacts, ...]:
-    from nexus.training.objective import TeacherFacts
+    from nexus.training.facts import TeacherFacts
 
     reports = session.load_reports
     student_hash = reports[session.config.student.tokenizer].tokenizer_hash
@@ -350,10 +354,12 @@ def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tup
 
 def route(session: Session) -> tuple[list[Path], Summary]:
     """Train and calibrate the router on the frozen student's embedding of pool prompts."""
-    result = session.student_call("train_router")
+    result = session.wait_for(session.student.train_router.remote(session.teacher_facts))
+    session.reporter.line(f"router threshold: {result.reason}")
+    # Without a threshold the network never decides; 1 says so in numbers.
     return [session.run.path / name for name in result.files], {
-        "threshold": round(result.threshold, 3),
-        "calibration_risk": round(result.risk, 4),
+        "threshold": 1.0 if result.threshold is None else round(result.threshold, 3),
+        "risk_upper_bound": 1.0 if result.risk is None else round(result.risk, 4),
     }
 
 

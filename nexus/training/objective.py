@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nexus.adapters.base import Adapter, Alignment, Features
-from nexus.config import TOWERS, Role
+from nexus.config import TOWERS
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.records import Record
 from nexus.errors import ConfigError, TowerLoadError
@@ -33,33 +33,9 @@ from nexus.student.presets import StudentSpec
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment
 from nexus.training.divergence import distill_divergence_topk, kd_loss, topk_tail_kl
+from nexus.training.facts import CapabilityFacts, TeacherFacts
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
 from nexus.training.labels import LabelTokens
-
-@dataclass(frozen=True)
-class TeacherFacts:
-    """What training has to know about a teacher; plain values that cross to the trainer's actor."""
-
-    id: str
-    role: Role
-    importance: float
-    shares_tokenizer: bool
-    """The student speaks this teacher's tokenizer."""
-    hidden_size: int
-    label_texts: tuple[str, ...] | None
-    fingerprint: str
-    critical_layers: tuple[tuple[int, float], ...]
-    """(layer, weight) from the profile; empty anchors nothing."""
-
-
-@dataclass(frozen=True)
-class CapabilityFacts:
-    """How rows of one capability are fed."""
-
-    name: str
-    towers: tuple[str, ...]
-    snr_db: float | None
-
 
 @dataclass(frozen=True)
 class TeacherLoss:

@@ -18,9 +18,11 @@ from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.towers.registry import shipped_config
 from nexus.training.batches import Assignment, RecordStream, StepBatches
+from nexus.training.checkpoint import load_checkpoint
 from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
 from nexus.training.loss import GradientSurgeryLoss
-from nexus.training.objective import CapabilityFacts, DistillationObjective, TeacherFacts, align_with_teachers
+from nexus.training.facts import CapabilityFacts, TeacherFacts
+from nexus.training.objective import DistillationObjective, align_with_teachers
 from nexus.training.recovery import RecoveryConfig
 
 TOKENIZER_DIR = "tokenizer"
@@ -112,9 +114,8 @@ def build_loop(
     )
 
 
-def save_tokenizer(config: RunConfig, run_dir: Path, checkpoint: Path) -> None:
-    """Keep the tokenizer of the teacher that `student.tokenizer` names in the run directory."""
-    del config
+def save_tokenizer(checkpoint: Path, run_dir: Path) -> None:
+    """Keep a teacher's tokenizer in the run directory: the student speaks it, and later stages need no teacher for it."""
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(run_dir / TOKENIZER_DIR)
 
 
@@ -161,3 +162,25 @@ def _unlabelled_paths(run_dir: Path, teacher: TeacherFacts, capability: str) -> 
     for path in files:
         check_targets(path, teacher.fingerprint)
     return files
+
+
+def load_trained_student(
+    config: RunConfig, run_dir: Path, name: str, teachers: Sequence[TeacherFacts]
+) -> tuple[NexusStudent, PreTrainedTokenizerBase]:
+    """Student and tokenizer of the newest checkpoint of `name`; `teachers` as the checkpoint was trained with.
+
+    Raises:
+        ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
+    """
+    folder = run_dir / "checkpoints" / name
+    found = load_checkpoint(folder, fingerprint=config.fingerprint())
+    if found is None:
+        raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
+    _, weights, _ = found
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
+    student = NexusStudent(build_student_spec(config, tokenizer, teachers))
+    prefix = "student."
+    student.load_state_dict(
+        {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    )
+    return student.eval(), tokenizer
