@@ -6,6 +6,7 @@ a local cluster is shut down.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import time
@@ -25,7 +26,8 @@ from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 if TYPE_CHECKING:
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
-    from nexus.training.objective import TeacherFacts
+    from nexus.towers.registry import TeacherSpec
+    from nexus.training.facts import TeacherFacts
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +139,8 @@ class Session:
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
             from actors.pool import TeacherPool
-            from nexus.towers.registry import load_registry, resolve_teacher
 
-            registry = load_registry()
-            specs = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
+            specs = self.specs
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
@@ -169,6 +169,27 @@ class Session:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each loaded teacher."""
         return {teacher: report.fingerprint for teacher, report in self.load_reports.items()}
+
+    @property
+    def specs(self) -> list[TeacherSpec]:
+        """What each teacher is loaded from.
+
+        Raises:
+            TowerLoadError: when a teacher's files are not on this machine.
+        """
+        from nexus.towers.registry import load_registry, resolve_teacher
+
+        registry = load_registry()
+        return [
+            dataclasses.replace(
+                resolve_teacher(teacher, registry, models_dir=self._models_dir), id=teacher.id
+            )
+            for teacher in self.config.teachers
+        ]
+
+    def checkpoint_of(self, teacher_id: str) -> Path:
+        """Checkpoint folder of one teacher."""
+        return next(Path(spec.path) for spec in self.specs if spec.id == teacher_id)
 
     @property
     def roles(self) -> dict[str, str]:

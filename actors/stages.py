@@ -6,7 +6,6 @@ cut short has no record and continues. `run_stages` brings a run up to a stage, 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
 from nexus.config import DataConfig, resolve_path
-from nexus.errors import DataError, StageFailedError
+from nexus.errors import DataError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
@@ -191,8 +190,8 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
                 paths=_paths(source.pool),
                 skip_rows=writer.rows,
                 max_rows=None,
-                method="complete",
-                arguments=(source.max_new_tokens,),
+                method="answer",
+                arguments=(source.max_new_tokens, None),
                 batch_size=settings.batch_size,
             )
         )
@@ -275,7 +274,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         while pending:
             ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
             for reference in ready:
-                results[references[reference]] = _train_result(reference, references[reference])
+                results[references[reference]] = session.wait_for(reference)
             progress = [_progress(actor) for name, actor in actors.items() if name not in results]
             for news in progress:
                 if news is not None:
@@ -299,24 +298,6 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     return outputs, summary
 
 
-def _train_result(reference, student):  # type: ignore[no-untyped-def]  # Ray's references are untyped
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    from nexus.errors import NexusError
-
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, NexusError):
-            raise error.cause from None
-        raise
-    except RayActorError:
-        raise StageFailedError(
-            f"The trainer of the {student} student died (killed, or out of memory). Its checkpoints are kept: run the same command again."
-        ) from None
-
-
 def _progress(actor):  # type: ignore[no-untyped-def]
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -338,6 +319,7 @@ def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tup
             role=session.roles[teacher.id],
             importance=teacher.importance,
             shares_tokenizer=reports[teacher.id].tokenizer_hash == student_hash,
+            vocabulary_size=reports[teacher.id].vocabulary_size,
             hidden_size=reports[teacher.id].hidden_size,
             label_texts=reports[teacher.id].label_texts,
             fingerprint=reports[teacher.id].fingerprint,
@@ -398,8 +380,3 @@ def report(session: Session) -> tuple[list[Path], Summary]:
 def _paths(texts: tuple[str, ...]) -> tuple[str, ...]:
     """Absolute paths: Ray's workers have another working directory."""
     return tuple(str(resolve_path(text).resolve()) for text in texts)
-
-
-def dump_json(value: object) -> str:
-    """One line of JSON."""
-    return json.dumps(value, sort_keys=True, default=str)

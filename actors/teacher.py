@@ -18,8 +18,9 @@ from nexus.towers.targets import ScoreRequest, TeacherTargets
 if TYPE_CHECKING:
     from nexus.data.records import Record
     from nexus.profiling.niwt import BatchMeasurement
-    from nexus.towers.engine import TaxMeasurement, TeacherEngine
+    from nexus.towers.engine import TeacherEngine
     from nexus.towers.registry import TeacherSpec
+    from nexus.towers.tax import TaxMeasurement
 
 CONTROL_GROUP = "control"
 
@@ -37,6 +38,10 @@ class LoadReport:
     max_weight_error: float
     weight_bytes: int
     num_layers: int
+    hidden_size: int
+    vocabulary_size: int | None
+    """Rows of a language model's output layer; None for an encoder."""
+    label_texts: tuple[str, ...] | None
     seconds: float
 
 
@@ -81,10 +86,6 @@ class TeacherActor:
     def score(self, request: ScoreRequest) -> TeacherTargets:
         """Targets for the trainer."""
         return self._timed(len(request.row_ids), lambda engine: engine.score(request))
-
-    def generate(self, prompts: tuple[str, ...], max_new_tokens: int) -> tuple[str, ...]:
-        """Greedy completions of a language model."""
-        return self._timed(len(prompts), lambda engine: engine.generate(prompts, max_new_tokens=max_new_tokens))
 
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
@@ -139,6 +140,9 @@ class TeacherActor:
                 max_weight_error=tower.coverage.max_weight_error,
                 weight_bytes=weight_bytes,
                 num_layers=engine.num_layers,
+                hidden_size=engine.hidden_size,
+                vocabulary_size=engine.vocabulary_size,
+                label_texts=engine.label_texts,
                 seconds=time.perf_counter() - start,
             )
             self._metrics = TeacherMetrics(self._spec.id)

@@ -32,8 +32,10 @@ TOKENIZER_DIR = "tokenizer"
 def build_student_spec(config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts]) -> StudentSpec:
     """The preset with the tokenizer's vocabulary, the router's keywords and an alignment per critical layer."""
     spec = load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
+    # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
+    sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
     spec = spec.with_vocabulary(
-        len(tokenizer),
+        max([len(tokenizer), *sizes]),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,0 +1,16 @@
+"""Let the language teachers answer the unlabelled prompts: `ray job submit -- python jobs/extract.py`.
+
+Takes the options of `nexus extract`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A submitted job runs from the uploaded tree, where nothing is installed and only this folder is on the path.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from jobs.execute import run_script
+
+    run_script("extract")
