@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from nexus.errors import ProfilingError
 from nexus.profiling.layers import BlockCall, BlockStack, Rows
-from nexus.profiling.perturbation import language_model_head, stacked_rows
+from nexus.profiling.perturbation import language_model_head, run_and_skip, stacked_rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class GreedyDecode:
     def __init__(self, model: PreTrainedModel, attention_mask_BT: Tensor) -> None:
         self.model = model
         self.mask_RT = attention_mask_BT
-        self.cache: Cache | None = None
+        self.cache: Cache
 
     def prefill(self, input_ids_BT: Tensor, num_variants: int) -> Tensor:
         """Run the prompt; return the logits [variants * B, V] that follow it."""
@@ -78,7 +78,13 @@ class GreedyDecode:
             output = self.model(**text_inputs(self.model, input_ids_BT, self.mask_RT), use_cache=True)
         finally:
             hook.remove()
-        self.cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise ProfilingError(
+                f"Expected {type(self.model).__name__} to keep its past in a transformers Cache, found none. Use delta_nll, which "
+                "needs no cache."
+            )
+        self.cache = cache
         self.mask_RT = self.mask_RT.repeat(num_variants, 1)
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -90,7 +96,6 @@ class GreedyDecode:
         if accepts_position_ids(self.model):
             inputs["position_ids"] = position_ids_of(self.mask_RT)[:, -1:]
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
-        self.cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -106,17 +111,11 @@ def brute_generations(
     """Return int64 [L+1, B, A] by one decode per ablation: the reference for `stacked_generations`."""
     eos_E = torch.tensor(stop.eos_ids, device=input_ids_BT.device)
     generations, first_logits = [], []
-    for skipped in range(-1, len(stack)):
-
-        def handle(call: BlockCall, skipped: int = skipped) -> Tensor:
-            # The skipped block runs too: its cache must count the tokens like all others.
-            output = call.run(call.hidden_RTD)
-            return call.hidden_RTD if call.index == skipped else output
-
+    for skipped in (None, *range(len(stack))):
         tokens_BA = input_ids_BT.new_full((len(input_ids_BT), max_new_tokens), stop.pad_id)
         alive_B = torch.ones(len(input_ids_BT), dtype=torch.bool, device=input_ids_BT.device)
         decode = GreedyDecode(model, attention_mask_BT)
-        with stack.intercept(handle) as calls:
+        with stack.intercept(run_and_skip(skipped)) as calls:
             logits = decode.prefill(input_ids_BT, 1)
             stack.require_called_once(calls)
             first_logits.append(logits)
@@ -159,7 +158,7 @@ def stacked_generations(
         logits = decode.prefill(input_ids_BT, num_variants)
     stack.require_called_once(calls)
     stack.require_effect(logits.view(num_variants, batch_size, -1))
-    cache_layers: list[Any] = list(decode.cache.layers) if isinstance(decode.cache, Cache) else []
+    cache_layers: list[Any] = list(decode.cache.layers)
     if len(cache_layers) != len(stack):
         raise ProfilingError(
             f"Expected a cache entry for each of the {len(stack)} blocks at '{stack.path}', found {len(cache_layers)}: ablations "

@@ -162,17 +162,20 @@ def find_blocks(model: PreTrainedModel, layers: str | Sequence[nn.Module] | None
             raise ProfilingError(f"Expected a list of blocks at layers='{layers}', found a {type(found).__name__}.")
         return BlockStack(layers, list(found))
     if layers is not None:
-        blocks = list(layers)
-        if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-            raise ProfilingError("Expected layers= to be None, a dotted path or a sequence of modules, found neither.")
-        return BlockStack(_path_of(model, blocks[0]), blocks)
+        path = _path_of(model, layers)
+        if path is None:
+            raise ProfilingError(
+                f"Expected layers= to be None, a dotted path or all modules of one list inside {_name(model)}, found something "
+                "else. Pass the whole list."
+            )
+        return BlockStack(path, layers)
     bases: tuple[nn.Module, ...] = (cast(Any, model).get_decoder(), cast(Any, model).get_encoder())
     for base in bases:
         candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
         if candidates:
             # max keeps the first of equals: the outermost list.
             longest = max(candidates, key=len)
-            return BlockStack(_path_of(model, longest[0]), list(longest))
+            return BlockStack(str(_path_of(model, list(longest))), list(longest))
     raise ProfilingError(
         f"Expected transformer blocks in the decoder or encoder of {_name(model)}, found no list of them. Pass their dotted "
         "path as layers=."
@@ -198,9 +201,12 @@ def _holds_blocks(modules: nn.ModuleList) -> bool:
     return len(modules) > 0 and all(isinstance(module, GradientCheckpointingLayer) for module in modules)
 
 
-def _path_of(model: nn.Module, block: nn.Module) -> str:
-    """Return the dotted path of the list that holds `block` ('' when the model does not hold it)."""
-    return next((name.rpartition(".")[0] for name, module in model.named_modules() if module is block), "")
+def _path_of(model: nn.Module, blocks: Sequence[nn.Module]) -> str | None:
+    """Return the dotted path of the non-empty list inside `model` that holds exactly `blocks`, or None."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and blocks and list(module) == list(blocks):
+            return str(name)
+    return None
 
 
 def _name(model: nn.Module) -> str:

@@ -39,7 +39,7 @@ Strategy = Literal["auto", "brute", "prefix", "triangular", "stacked"]
 
 # What the live rows of one micro-batch may take when its size is not given: hidden states, scored logits, cached keys and values.
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
-_WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**32}
+_WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
 
 # Is shown the index of a block and the clean outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor], None]
@@ -275,10 +275,9 @@ class NIWTProfiler:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
         num_variants = len(self.stack) + 1
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        values = num_columns * config.hidden_size + num_logits * config.vocab_size
-        values += num_cached * 2 * len(self.stack) * heads * head_dim
+        # Keys and values are at most as wide as the hidden states.
+        states = num_columns + 2 * len(self.stack) * num_cached
+        values = states * config.hidden_size + num_logits * config.vocab_size
         workspace = _WORKSPACE_BYTES["cpu" if self.model.device.type == "cpu" else "accelerator"]
         return max(1, workspace // int(num_variants * values * self.model.dtype.itemsize))
 

@@ -2,7 +2,7 @@
 
 Ablation i replaces block i by the identity. The strategies differ only in cost and give equal readings:
 
-* brute: one forward per ablation, L*L block calls; the reference.
+* brute: one forward per ablation, each running all blocks; the reference.
 * prefix: ablation i resumes from the clean input of block i, half of brute's block calls.
 * triangular: one forward for all; at block j the live ablations 0..j-1 and the clean rows are stacked on the batch axis and
   ablation j is born as the clean input of j. The arithmetic of prefix, but each block's weights are read and dequantised once.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ProfilingError
-from nexus.profiling.layers import BlockCall, BlockStack, Rows
+from nexus.profiling.layers import BlockCall, BlockHandler, BlockStack, Rows
 
 SweepStrategy = Literal["brute", "prefix", "triangular"]
 
@@ -77,7 +77,8 @@ def sweep_skips(stack: BlockStack, read: Reader, strategy: SweepStrategy, observ
         stack.require_called_once(calls)
         readings = [clean]
         for skipped in range(len(stack)):
-            with stack.intercept(skip_handler(skipped, clean_inputs)):
+            handler = run_and_skip(skipped) if strategy == "brute" else _resume_and_skip(skipped, clean_inputs)
+            with stack.intercept(handler):
                 readings.append(read(1))
         readings_V = torch.cat(readings)
     for index, unchanged in enumerate(is_identity):
@@ -92,11 +93,25 @@ def stacked_rows(num_variants: int, batch_size: int, device: torch.device) -> Ro
     return Rows(torch.arange(batch_size, device=device).repeat(num_variants), batch_size)
 
 
-def skip_handler(skipped: int, clean_inputs: list[Tensor]) -> Callable[[BlockCall], Tensor]:
-    """Return the handler that makes block `skipped` the identity; with the clean inputs of all blocks, those before it do not run."""
+def run_and_skip(skipped: int | None) -> BlockHandler:
+    """Return the handler that runs every block and discards what block `skipped` (None: no block) made of its input.
+
+    The skipped block runs too, because others may depend on what it leaves behind: its entry in the cache, or keys and values
+    that later blocks share.
+    """
 
     def handle(call: BlockCall) -> Tensor:
-        if clean_inputs and call.index < skipped:
+        output_BTD = call.run(call.hidden_RTD)
+        return call.hidden_RTD if call.index == skipped else output_BTD
+
+    return handle
+
+
+def _resume_and_skip(skipped: int, clean_inputs: list[Tensor]) -> BlockHandler:
+    """Return the handler that makes block `skipped` the identity and replays the clean run of those before it."""
+
+    def handle(call: BlockCall) -> Tensor:
+        if call.index < skipped:
             # Exactly what the block returned in the clean run, also for models that collect hidden states.
             return clean_inputs[call.index + 1]
         return call.hidden_RTD if call.index == skipped else call.run(call.hidden_RTD)
@@ -161,7 +176,7 @@ def token_reader(model: PreTrainedModel, inputs: Mapping[str, Tensor], scored: S
             logits = model(**inputs, use_cache=False).logits[0]
         finally:
             hook.remove()
-        return _token_readings(logits, scored.targets_N.repeat(num_variants)).view(num_variants, -1, 2)
+        return token_readings(logits, scored.targets_N.repeat(num_variants)).view(num_variants, -1, 2)
 
     return read
 
@@ -198,7 +213,7 @@ def _mean_pool(hidden_BTD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     return (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
 
 
-def _token_readings(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+def token_readings(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return float64 [N, 2]: negative log-likelihood and argmax hit. Half precision logits are widened chunk by chunk."""
     readings = []
     size = max(1, _LOGITS_PER_CHUNK // logits_NV.shape[-1])
