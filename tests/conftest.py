@@ -1,8 +1,13 @@
-"""The environment of every test, set before any library reads it: no network, closed dashboards, one thread per process."""
+"""The environment of every test: no network, closed dashboards, one thread per process, the same examples every time.
+
+The variables are set before any library can read them.
+"""
 
 from __future__ import annotations
 
 import os
+
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Ray's dashboard runs code that is posted to it; a token keeps other users of the machine out.
@@ -11,3 +16,7 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The same examples on every machine, and no wall-clock limit on one: a busy machine is not a failed property.
+settings.register_profile("nexus", deadline=None, derandomize=True)
+settings.load_profile("nexus")

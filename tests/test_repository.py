@@ -292,7 +292,7 @@ SECRETS = re.compile(
     r"|(?i:\b(?:password|passwd|secret|api_?key|auth_?token)\b['\"]?\s*[:=]\s*['\"][A-Za-z0-9+/_-]{12,}['\"])"
 )
 MACHINE_PATHS = re.compile(r"(?<![\w.}])/(?:home|root|work|Users|opt|mnt|srv)/[\w.-]|\b[A-Z]:\\\\?Users")
-HOSTS = re.compile(r"\bpypi\.org|pythonhosted\.|download\.pytorch\.|--(?:extra-)?index-url|--find-links")
+HOSTS = re.compile(r"\bpypi\.org|pythonhosted\.|download\.pytorch\.|--(?:extra-)?index-url|--find-link[s]")
 
 
 @pytest.mark.parametrize(
