@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nexus.data.records import Record
     from nexus.profiling.niwt import BatchMeasurement
     from nexus.towers.engine import TeacherEngine
@@ -141,7 +143,7 @@ class TeacherActor:
                 weight_bytes=weight_bytes,
                 num_layers=engine.num_layers,
                 hidden_size=engine.hidden_size,
-                vocabulary_size=engine.vocabulary_size,
+                vocabulary_size=_vocabulary_size(tower.model) if engine.role == "causal_lm" else None,
                 label_texts=engine.label_texts,
                 seconds=time.perf_counter() - start,
             )
@@ -149,3 +151,7 @@ class TeacherActor:
             self._metrics.loaded(weight_bytes)
             self._engine = engine
         return self._engine
+
+
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])

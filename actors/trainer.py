@@ -169,14 +169,14 @@ class TrainerActor:
         if not finished:
             raise StageFailedError(f"Stopped at step {loop.step} of {loop.settings.steps}; the state is saved.")
         newest = list_checkpoints(folder)[-1]
-        summary = loop.recovery.summary()
+        incidents = [incident.action for incident in loop.recovery.incidents]
         return TrainerResult(
             student=plan.student,
             steps=loop.step,
             num_parameters=sum(parameter.numel() for parameter in loop.objective.student.parameters()),
             files=tuple(str(path.relative_to(run_dir)) for path in sorted(newest.iterdir())),
-            skipped=summary.skipped,
-            rollbacks=summary.rollbacks,
+            skipped=incidents.count("skip"),
+            rollbacks=incidents.count("rollback"),
             rows=int(totals["rows"]),
             seconds=time.perf_counter() - start,
             wait_seconds=totals["wait"],

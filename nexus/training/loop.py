@@ -22,8 +22,9 @@ from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment, StepBatch, StepBatches
 from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss, apply_surgery
 from nexus.training.objective import DistillationObjective, TeacherLoss
-from nexus.training.recovery import RecoveryConfig, RecoveryStep
-from nexus.training.scheduler import cosine_decay, warmup_cosine
+from nexus.training.recovery import RecoveryConfig, RecoveryStep, SampleQuarantine
+from nexus.training.scheduler import LearningRateSchedule, cosine_decay
+from nexus.training.snapshot import Stateful
 
 ADAM_BETAS = (0.9, 0.95)
 """The second decay of language-model training (GPT-3, LLaMA): the variance follows a spike within 20 steps instead of 1,000."""
@@ -132,6 +133,7 @@ class DistillationLoop:
         importance: Mapping[str, float],
         surgery: GradientSurgeryLoss | None,
         recovery: RecoveryConfig,
+        quarantine: SampleQuarantine,
         settings: LoopSettings,
         spike: Spike | None = None,
     ) -> None:
@@ -149,11 +151,21 @@ class DistillationLoop:
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(objective, settings.weight_decay), lr=settings.learning_rate, betas=ADAM_BETAS, foreach=True
         )
-        self.scheduler = warmup_cosine(self.optimizer, warmup_steps=settings.warmup_steps, total_steps=settings.steps)
+        self.scheduler = LearningRateSchedule(
+            self.optimizer, warmup_steps=settings.warmup_steps, total_steps=settings.steps
+        )
         self._generator = torch.Generator().manual_seed(settings.seed)
-        extra = {} if surgery is None else {"surgery": surgery}
+        self._parts: dict[str, Stateful] = {f"standardiser.{key}": part for key, part in objective.standardisers.items()}
+        if surgery is not None:
+            self._parts["surgery"] = surgery
         self.recovery = RecoveryStep(
-            objective, self.optimizer, scheduler=self.scheduler, data=batches, config=recovery, extra=extra
+            objective,
+            self.optimizer,
+            scheduler=self.scheduler,
+            data=batches,
+            config=recovery,
+            extra=self._parts,
+            quarantine=quarantine,
         )
 
     def run(self, *, on_report: Callable[[StepReport], None], should_stop: Callable[[], bool], save: Callable[[], None]) -> bool:
@@ -169,7 +181,8 @@ class DistillationLoop:
                 if self.step != saved:
                     save()
                 return False
-            if self.step % self.settings.snapshot_every == 0 and self.recovery.latest_snapshot != self.step:
+            steps = self.recovery.snapshot_steps
+            if not steps or (self.step % self.settings.snapshot_every == 0 and self.step not in steps):
                 self.recovery.snapshot(self.step)
             report = self.advance()
             on_report(report)
@@ -197,9 +210,10 @@ class DistillationLoop:
         action = self.recovery.check(total.detach(), grad_norm, batch.sample_ids)
         step = self.step
         restored = None
+        if action != "step":
+            self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
             restored = self.step = self.recovery.rollback()
-            self.batches.excluded = self.recovery.quarantined
             self._forget()
         else:
             if action == "step":
@@ -233,7 +247,7 @@ class DistillationLoop:
             "scheduler": self.scheduler.state_dict(),
             "recovery": self.recovery.state_dict(),
             "batches": self.batches.state_dict(),
-            "surgery": None if self._surgery is None else self._surgery.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "rng": torch.get_rng_state(),
             "generator": self._generator.get_state(),
         }
@@ -245,9 +259,9 @@ class DistillationLoop:
         self.scheduler.load_state_dict(state["scheduler"])
         self.recovery.load_state_dict(state["recovery"])
         self.batches.load_state_dict(state["batches"])
-        self.batches.excluded = self.recovery.quarantined
-        if self._surgery is not None:
-            self._surgery.load_state_dict(state["surgery"])
+        self.batches.excluded = self.recovery.quarantine.confirmed
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
         torch.set_rng_state(state["rng"])
         self._generator.set_state(state["generator"])
         self._forget()
@@ -326,6 +340,12 @@ class DistillationLoop:
         assert self.settings.surgery_method != "none"
         student = self.objective.student
         shared = [*student.core.parameters(), *student.adapters.parameters()]
+        # The labelled rows' gradient takes no part in the surgery; it is added to what the surgery writes.
+        gold = None
+        if losses.gold is not None and self.settings.gold_weight:
+            gold = torch.autograd.grad(
+                self.settings.gold_weight * losses.gold, shared, retain_graph=True, allow_unused=True
+            )
         apply_surgery(
             losses.per_teacher,
             losses.combined,
@@ -334,6 +354,9 @@ class DistillationLoop:
             method=self.settings.surgery_method,
             generator=self._generator,
         )
+        for parameter, gradient in zip(shared, gold or (), strict=False):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
 
 
 def _key(batch: StepBatch, assignment: Assignment) -> Hashable:

@@ -78,13 +78,11 @@ class DistillationObjective(nn.Module):
                 for layer, _ in teacher.critical_layers
             }
         )
-        self.standardisers = nn.ModuleDict(
-            {
-                _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
-                for teacher in teachers
-                for layer, _ in teacher.critical_layers
-            }
-        )
+        self.standardisers = {
+            _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
+            for teacher in teachers
+            for layer, _ in teacher.critical_layers
+        }
         vocabulary = student.spec.core.vocab_size
         self._label_tokens = {
             teacher.id: LabelTokens(label_token_ids(teacher.label_texts, tokenizer), vocabulary)
@@ -203,11 +201,10 @@ class DistillationObjective(nn.Module):
             assert targets is not None
             target = torch.from_numpy(targets.hidden[layer]).float()
             predicted, target = self._aligned(teacher, layer, passed, target, targets)
+            mask_BT = torch.ones(predicted.shape[:-1], dtype=torch.bool)
             standardiser = self.standardisers[_key(teacher.id, layer)]
-            assert isinstance(standardiser, FeatureStandardiser)
-            standard = standardiser.observe(target) if self.training else standardiser(target)
-            mask = torch.ones(predicted.shape[:-1], dtype=torch.bool)
-            total = total + weight * cosine_smooth_l1_anchor(predicted, standard, mask)
+            standardiser.update(target, mask_BT)
+            total = total + weight * cosine_smooth_l1_anchor(predicted, standardiser(target), mask_BT)
         return total
 
     def _aligned(

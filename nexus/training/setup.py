@@ -23,7 +23,7 @@ from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, pa
 from nexus.training.loss import GradientSurgeryLoss
 from nexus.training.facts import CapabilityFacts, TeacherFacts
 from nexus.training.objective import DistillationObjective, align_with_teachers
-from nexus.training.recovery import RecoveryConfig
+from nexus.training.recovery import RecoveryConfig, SampleQuarantine
 
 TOKENIZER_DIR = "tokenizer"
 """Folder of the run directory that keeps the student's tokenizer, so that later stages need no teacher."""
@@ -96,6 +96,7 @@ def build_loop(
         importance=importance,
         surgery=surgery,
         recovery=RecoveryConfig(max_rollbacks=distill.recovery.max_rollbacks),
+        quarantine=SampleQuarantine(_prepared(run_dir / "quarantine") / f"samples-{'distilled' if teachers else 'labels_only'}.jsonl"),
         settings=LoopSettings(
             steps=distill.steps,
             learning_rate=distill.learning_rate,
@@ -119,6 +120,11 @@ def build_loop(
 def save_tokenizer(checkpoint: Path, run_dir: Path) -> None:
     """Keep a teacher's tokenizer in the run directory: the student speaks it, and later stages need no teacher for it."""
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(run_dir / TOKENIZER_DIR)
+
+
+def _prepared(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts]) -> StepBatches:
