@@ -28,7 +28,8 @@ def recorded_blocks(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[d
     unknown = [layer for layer in layers if not 0 <= layer < len(blocks)]
     if unknown:
         raise ConfigError(
-            f"Expected layers of {type(model).__name__} between 0 and {len(blocks) - 1}, found {unknown[0]}. Profile this teacher again."
+            f"Expected layers of {type(model).__name__} between 0 and {len(blocks) - 1}, found {unknown[0]}. "
+            "Profile this teacher again."
         )
 
     def record(layer: int) -> Any:
@@ -43,3 +44,10 @@ def recorded_blocks(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[d
     finally:
         for handle in handles:
             handle.remove()
+
+
+def block_width(model: PreTrainedModel) -> int:
+    """Width H of the hidden states between the blocks: by the configuration of the innermost model that holds them."""
+    parts = find_blocks(model).path.split(".")
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+    return int(next(owner for owner in owners if isinstance(owner, PreTrainedModel)).config.hidden_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,24 +35,64 @@ class TokenisedRow:
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    """The end-of-sequence token included."""
+    """The tokens that are scored, the end-of-sequence token last."""
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt up to where the completion begins: by the tokenizer's chat template, or followed by a line feed without one."""
+def tokenise_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt up to where the completion begins.
+
+    By the tokenizer's chat template where it has one, else followed by a line feed. An empty prompt (plain text) is only what the
+    tokenizer itself puts before a sequence, which may be nothing.
+    """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        # The template writes its special tokens itself.
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(prompt + "\n")["input_ids"])
-    # Some tokenizers end every text with their end token, after which a model would have nothing to say.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        texts = [_render(tokenizer, prompt) if prompt else "" for prompt in prompts]
+    else:
+        texts = [f"{prompt}\n" if prompt else "" for prompt in prompts]
+    # A template writes its special tokens itself; an empty prompt has only those of the tokenizer.
+    with_start = [not (tokenizer.chat_template and prompt) for prompt in prompts]
+    ids: list[list[int]] = [[]] * len(prompts)
+    for start in (True, False):
+        rows = [row for row, wanted in enumerate(with_start) if wanted is start]
+        for row, encoded in zip(rows, _encode(tokenizer, [texts[row] for row in rows], special=start), strict=True):
+            # Some tokenizers end every text with their end token, after which a model would have nothing to say.
+            ids[row] = encoded[:-1] if start and encoded and encoded[-1] == tokenizer.eos_token_id else encoded
+    return ids
 
 
-def tokenise_row(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> TokenisedRow:
-    """Ids of a prompt and of its completion, tokenised apart, the end-of-sequence token appended."""
-    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    return TokenisedRow(render_prompt(tokenizer, prompt), [*completion_ids, tokenizer.eos_token_id])
+def tokenise_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[TokenisedRow]:
+    """Ids of prompts and completions, tokenised apart, the end-of-sequence token appended.
+
+    Without any prompt id the completion's first token is predicted by nothing: it is context and is not scored.
+    """
+    rows = []
+    encoded = _encode(tokenizer, completions, special=False)
+    for prompt_ids, ids in zip(tokenise_prompts(tokenizer, prompts), encoded, strict=True):
+        completion_ids = [*ids, tokenizer.eos_token_id]
+        split = 0 if prompt_ids else 1
+        rows.append(TokenisedRow([*prompt_ids, *completion_ids[:split]], completion_ids[split:]))
+    return rows
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    return str(
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
 
 
 def score_completions(
@@ -66,18 +107,14 @@ def score_completions(
         RowsError: rows that are too long or whose results are not finite.
     """
     assert request.completions is not None
-    rows = [tokenise_row(tokenizer, p, c) for p, c in zip(request.prompts, request.completions, strict=True)]
-    _refuse_unfit(model, request.row_ids, [(len(row.prompt_ids), len(row.prompt_ids) + len(row.completion_ids) - 1) for row in rows])
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    top_k = min(request.top_k, vocabulary)
+    rows = tokenise_rows(tokenizer, request.prompts, request.completions)
+    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids) - 1 for row in rows])
+    top_k = min(request.top_k, _vocabulary_size(model))
     ids: list[np.ndarray] = [np.empty(0)] * len(rows)
     logprobs, tails = list(ids), list(ids)
     hidden: dict[int, list[np.ndarray]] = {layer: list(ids) for layer in request.layers}
     bad: dict[str, str] = {}
-    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    longest = max((len(row.completion_ids) for row in rows), default=1)
-    max_rows = max(1, MAX_LOGIT_ELEMENTS // (longest * vocabulary))
-    for chosen in micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS):
+    for chosen in _micro_batches(model, rows):
         batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers)
         packed = pack_topk(batch.logits_NV, top_k=top_k, temperature=request.temperature)
         finite_N = packed.finite_N.clone()
@@ -109,6 +146,44 @@ def score_completions(
         tail_logprob_N=_concatenate(tails, (0,), np.float32),
     )
     return tokens, {layer: _concatenate(parts_B, (0, width), np.float16) for layer, parts_B in hidden.items()}
+
+
+def completion_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> Iterator[Tensor]:
+    """Yields the logits [N, V] of all scored tokens, some rows at a time, on the model's device.
+
+    The order of the tokens depends on the rows' lengths alone.
+    """
+    rows = tokenise_rows(tokenizer, prompts, completions)
+    for chosen in _micro_batches(model, rows):
+        yield _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
+
+
+def profile_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row_ids: Sequence[str],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and target mask, all int64 or bool [B, T], padded on the left, for layer profiling.
+
+    Raises:
+        RowsError: rows that do not fit the model.
+    """
+    rows = tokenise_rows(tokenizer, prompts, completions)
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    _refuse_unfit(model, row_ids, lengths)
+    width = max(lengths)
+    input_ids_BT = torch.full((len(rows), width), _pad_id(tokenizer))
+    attention_mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    loss_mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids_BT[b, width - length :] = torch.tensor([*row.prompt_ids, *row.completion_ids])
+        attention_mask_BT[b, width - length :] = 1
+        loss_mask_BT[b, width - len(row.completion_ids) :] = True
+    return input_ids_BT, attention_mask_BT, loss_mask_BT
 
 
 @dataclass(frozen=True)
@@ -156,9 +231,9 @@ def generate_greedily(
     Raises:
         RowsError: prompts that do not fit the model; rows are named by their index.
     """
-    prompt_ids = [render_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = tokenise_prompts(tokenizer, prompts)
     names = [f"prompt {i}" for i in range(len(prompts))]
-    _refuse_unfit(model, names, [(len(ids), len(ids) + max_new_tokens) for ids in prompt_ids])
+    _refuse_unfit(model, names, [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
     ends = end_token_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
     greedy = GenerationConfig(
@@ -177,12 +252,15 @@ def generate_greedily(
         input_ids_BP = torch.tensor([[pad] * (longest - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
         mask_BP = torch.tensor([[0] * (longest - len(prompt_ids[i])) + [1] * len(prompt_ids[i]) for i in chosen])
         with torch.inference_mode(), _without_sampling_defaults(model):
-            output_BT = model.generate(
-                input_ids=input_ids_BP.to(model.device), attention_mask=mask_BP.to(model.device), generation_config=greedy
+            generate: Any = model.generate
+            output_BT = generate(
+                input_ids=input_ids_BP.to(model.device),
+                attention_mask=mask_BP.to(model.device),
+                generation_config=greedy,
             )
         for row, new_ids in zip(chosen, output_BT[:, longest:].tolist(), strict=True):
             end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
-            completions[row] = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
+            completions[row] = str(tokenizer.decode(new_ids[:end], skip_special_tokens=True))
     return tuple(completions)
 
 
@@ -202,12 +280,20 @@ class _Scored:
     """Layer -> [N, H]."""
 
 
+def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
+    longest = max((len(row.completion_ids) for row in rows), default=0)
+    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+    max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * _vocabulary_size(model)))
+    return micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS)
+
+
 def _forward(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenisedRow], layers: Sequence[int]
 ) -> _Scored:
     pad = _pad_id(tokenizer)
     longest_prompt = max(len(row.prompt_ids) for row in rows)
-    longest_completion = max(len(row.completion_ids) for row in rows)
+    # Keeping 0 logits would mean all of them.
+    longest_completion = max(1, *(len(row.completion_ids) for row in rows))
     # The end token is scored but never read, hence one position fewer.
     width = longest_prompt + longest_completion - 1
     input_ids_BT = torch.full((len(rows), width), pad)
@@ -235,25 +321,29 @@ def _forward(
     return _Scored(logits_BCV[scored_BC], hidden)
 
 
-def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Sequence[tuple[int, int]]) -> None:
-    """Raise RowsError for rows of an empty prompt, or longer with their completion than the model's positions."""
+def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Sequence[int]) -> None:
+    """Raise RowsError for rows without a token to start from (length 0), or longer than the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    bad = {}
-    for row_id, (prompt, total) in zip(row_ids, lengths, strict=True):
-        if prompt == 0:
-            bad[row_id] = "no prompt token"
-        elif limit is not None and total > limit:
-            bad[row_id] = f"{total} tokens"
+    bad = {
+        row_id: f"{length} tokens"
+        for row_id, length in zip(row_ids, lengths, strict=True)
+        if length == 0 or (limit is not None and length > limit)
+    }
     if bad:
         raise RowsError(
-            f"Expected a prompt of at least one token and, with its completion, at most {limit} tokens of the teacher; shorten or drop "
-            "the rows.",
+            f"Expected a prompt of at least one token and, with its completion, at most {limit} tokens of the teacher; "
+            "shorten or drop the rows.",
             bad,
         )
 
 
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the output head: some heads are padded beyond the configured vocabulary."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _concatenate(parts: Sequence[np.ndarray], empty_shape: tuple[int, ...], dtype: type) -> np.ndarray:

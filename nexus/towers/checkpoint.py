@@ -101,11 +101,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
-        raise TowerLoadError(f"Expected {path.name} in {path.parent}, found no such file. Is this a checkpoint folder?") from None
+        raise TowerLoadError(
+            f"Expected {path.name} in {path.parent}, found no such file. Is this a checkpoint folder?"
+        ) from None
     except (OSError, ValueError) as error:
         raise TowerLoadError(f"Expected JSON in {path}, found: {error}. Fetch the file again.") from None
     if not isinstance(document, dict):
-        raise TowerLoadError(f"Expected a JSON object in {path}, found a {type(document).__name__}. Fetch the file again.")
+        raise TowerLoadError(
+            f"Expected a JSON object in {path}, found a {type(document).__name__}. Fetch the file again."
+        )
     return document
 
 

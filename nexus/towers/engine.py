@@ -1,27 +1,74 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-Which of the two files does the work depends on the teacher's role alone: causal_lm.py or encoder.py.
+What a teacher can do follows from its role alone: causal_lm.py or encoder.py does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nexus.config import Role
+from nexus.data.records import Record
 from nexus.errors import ConfigError
-from nexus.towers import causal_lm
-from nexus.towers.loader import LoadedTower
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.profiling.consolidation import BatchMeasurement
+from nexus.profiling.layers import find_blocks
+from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
+from nexus.student.inputs import read_media
+from nexus.towers import causal_lm, encoder
+from nexus.towers.blocks import block_width
+from nexus.towers.loader import LoadedTower, load_tower
+from nexus.towers.rows import RowsError
+from nexus.towers.targets import ScoreRequest, TeacherTargets, TokenTargets
+from nexus.towers.tax import TaxMeasurement, measure_tax
+
+ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
 
 
 class TeacherEngine:
-    """Gives the targets, answers and profile of one teacher.
+    """Gives the targets, answers and layer measurements of one teacher.
 
-    On a CPU every call is deterministic. Results of a row do not depend on the other rows of the call beyond rounding.
+    On a CPU every call is deterministic. The results of a row do not depend on the other rows of the call beyond rounding.
     """
 
     def __init__(self, tower: LoadedTower, *, teacher_id: str) -> None:
         self.tower = tower
         self.teacher_id = teacher_id
+
+    @property
+    def role(self) -> Role:
+        """What kind of targets it gives."""
+        return self.tower.role
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that its targets depend on."""
+        return self.tower.fingerprint
+
+    @property
+    def tokenizer_hash(self) -> str | None:
+        """Equal hashes mean equal ids for equal text; None without a tokenizer."""
+        return self.tower.tokenizer_hash
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks whose hidden states can be asked for."""
+        return len(find_blocks(self._runner))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of those hidden states."""
+        return block_width(self._runner)
+
+    @property
+    def label_texts(self) -> tuple[str, ...] | None:
+        """Labels of a classification head, by class index; None without one."""
+        return encoder.label_texts(self._runner)
 
     def score(self, request: ScoreRequest) -> TeacherTargets:
         """The teacher's targets for every row of `request`, in its order.
@@ -30,25 +77,193 @@ class TeacherEngine:
             ConfigError: the request does not fit the teacher's role, or asks for a layer that it does not have.
             RowsError: rows that cannot be decoded, do not fit the model, or give results that are not finite.
         """
-        if request.completions is None:
-            raise ConfigError(
-                f"Expected completions to score for the language model {self.teacher_id!r}, found none. Generate them first."
+        tokens: TokenTargets | None = None
+        hidden: dict[int, np.ndarray] = {}
+        encoded: encoder.Encoded | None = None
+        if self.role == "causal_lm":
+            if request.completions is None:
+                raise ConfigError(
+                    f"Expected completions to score for the language model {self.teacher_id!r}, found none. Generate them first."
+                )
+            if request.media is not None:
+                raise ConfigError(
+                    f"Expected rows of text for the language model {self.teacher_id!r}, found media, which this "
+                    "version gives to encoders only. Choose an encoder for these rows."
+                )
+            tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
+        else:
+            if request.media is None:
+                raise ConfigError(
+                    f"Expected media for the encoder {self.teacher_id!r}, found none. Give it rows with images or audio."
+                )
+            encoded = self._encode(
+                request.row_ids,
+                request.media,
+                snr_db=request.snr_db,
+                layers=request.layers,
+                temperature=request.temperature,
             )
-        tokens, hidden = causal_lm.score_completions(self.tower.model, self.tower.tokenizer, request)
+            hidden = encoded.hidden
         return TeacherTargets(
             teacher=self.teacher_id,
-            fingerprint=self.tower.fingerprint,
-            tokenizer_hash=self.tower.tokenizer_hash,
+            fingerprint=self.fingerprint,
+            tokenizer_hash=self.tokenizer_hash,
             row_ids=request.row_ids,
             tokens=tokens,
             hidden=hidden,
-            pooled_BE=None,
-            label_texts=None,
-            label_logprobs_BC=None,
+            pooled_BE=None if encoded is None else encoded.pooled_BE,
+            label_texts=self.label_texts,
+            label_logprobs_BC=None if encoded is None else encoded.label_logprobs_BC,
         )
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int | None = None) -> tuple[str, ...]:
-        """Greedy completions of a language model, in the prompts' order."""
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int | None = None
+    ) -> tuple[str, ...]:
+        """Greedy completions of a language model, in the prompts' order.
+
+        Raises:
+            ConfigError: the teacher is an encoder.
+            RowsError: prompts that do not fit the model.
+        """
+        model, tokenizer = self._language_model()
         return causal_lm.generate_greedily(
-            self.tower.model, self.tower.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
+
+    def answer(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> tuple[str, ...]:
+        """The teacher's answer to each row as text: a greedy completion, or the most probable label.
+
+        Args:
+            max_new_tokens: of a language model.
+            snr_db: noise added to recordings.
+
+        Raises:
+            ConfigError: an encoder without a classification head.
+            RowsError: as `score`.
+        """
+        if self.role == "causal_lm":
+            return self.generate([record.prompt for record in records], max_new_tokens=max_new_tokens)
+        texts, logprobs_BC = self._labels(), self._label_logprobs(records, snr_db)
+        return tuple(texts[index] for index in logprobs_BC.argmax(axis=1))
+
+    def measure(
+        self,
+        records: Sequence[Record],
+        *,
+        strategy: ProfileStrategy = "auto",
+        snr_db: float | None = None,
+        micro_batch_size: int | None = None,
+    ) -> BatchMeasurement:
+        """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
+
+        A language model is measured on the rows' completions. A classifier is measured on the rows' labels, or on its own decisions
+        when not every row has one; an encoder without a head on its embedding.
+
+        Raises:
+            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            ProfilingError: see `NIWTProfiler.measure`.
+        """
+        profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
+        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
+        return profiler.measure(batch)
+
+    def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
+        """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards."""
+        original = TeacherEngine(
+            load_tower(self.tower.spec, device=str(self.tower.model.device), quantise=False), teacher_id=self.teacher_id
+        )
+        return measure_tax(original, self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+
+    def answer_logits(
+        self, records: Sequence[Record], answers: Sequence[str], *, snr_db: float | None = None
+    ) -> Iterator[Tensor]:
+        """Yields the logits [N, C] behind `answers`, batch by batch: of every answer token, or of every row for a classifier.
+
+        Two copies of a teacher give the same items in the same order.
+        """
+        if self.role == "causal_lm":
+            model, tokenizer = self._language_model()
+            yield from causal_lm.completion_logits(model, tokenizer, [record.prompt for record in records], answers)
+        else:
+            yield torch.from_numpy(self._label_logprobs(records, snr_db))
+
+    # --- parts ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _runner(self) -> PreTrainedModel:
+        """The model whose blocks count: the whole one, or the encoder of a speech recogniser."""
+        return self.tower.model if self.role == "causal_lm" else encoder.encoder_of(self.tower.model)
+
+    def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.tower.tokenizer is None:
+            raise ConfigError(
+                f"Expected a language model to generate text, found the encoder {self.teacher_id!r}. Ask for answer()."
+            )
+        return self.tower.model, self.tower.tokenizer
+
+    def _encode(
+        self,
+        row_ids: Sequence[str],
+        media: Sequence[bytes],
+        *,
+        snr_db: float | None,
+        layers: Sequence[int] = (),
+        temperature: float = 1.0,
+    ) -> encoder.Encoded:
+        model = self.tower.model
+        inputs = encoder.prepare_inputs(model, self.tower.processor, row_ids, media, snr_db)
+        return encoder.encode(model, inputs, row_ids=row_ids, layers=layers, temperature=temperature)
+
+    def _labels(self) -> tuple[str, ...]:
+        texts = self.label_texts
+        if texts is None:
+            raise ConfigError(
+                f"Expected a teacher that answers in text, found the encoder {self.teacher_id!r} without a "
+                "classification head. Use it for features only."
+            )
+        return texts
+
+    def _label_logprobs(self, records: Sequence[Record], snr_db: float | None) -> np.ndarray:
+        self._labels()
+        logprobs_BC = self._encode(
+            [record.id for record in records], _media_of(records), snr_db=snr_db
+        ).label_logprobs_BC
+        assert logprobs_BC is not None
+        return logprobs_BC
+
+    def _text_batch(self, records: Sequence[Record]) -> ProfileBatch:
+        missing = {record.id: "no completion" for record in records if record.completion is None}
+        if missing:
+            raise RowsError(
+                "Expected a completion in every row that a language model is profiled on; add or drop them.", missing
+            )
+        ids, mask, loss_mask = causal_lm.profile_inputs(
+            *self._language_model(),
+            [record.id for record in records],
+            [record.prompt for record in records],
+            [record.completion or "" for record in records],
+        )
+        return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
+
+    def _media_batch(self, records: Sequence[Record], snr_db: float | None) -> EncoderProfileBatch:
+        row_ids = [record.id for record in records]
+        inputs = encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
+        texts = self.label_texts
+        golds = [record.completion if record.answer is None else record.answer for record in records]
+        if texts is None or None in golds:
+            return EncoderProfileBatch(row_ids, inputs, None)
+        unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
+        if unknown:
+            raise RowsError(
+                f"Expected a label of the teacher {self.teacher_id!r} in every row; mend or drop the rows.", unknown
+            )
+        return EncoderProfileBatch(
+            row_ids, inputs, torch.tensor([texts.index(gold) for gold in golds if gold is not None])
+        )
+
+
+def _media_of(records: Sequence[Record]) -> list[bytes]:
+    missing = {record.id: "no media" for record in records if record.media is None}
+    if missing:
+        raise RowsError("Expected an image or a recording in every row of an encoder; drop the others.", missing)
+    return [read_media(record.media) for record in records if record.media is not None]

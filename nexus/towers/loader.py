@@ -38,13 +38,23 @@ from nexus.artifacts import fingerprint_of
 from nexus.config import Role
 from nexus.errors import TowerLoadError
 from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
-from nexus.towers.nf4 import CoverageReport, freeze, measure_coverage, plan_quantisation, quantisation_config
+from nexus.towers.nf4 import (
+    NOTHING_QUANTISED,
+    CoverageReport,
+    freeze,
+    measure_coverage,
+    plan_quantisation,
+    quantisation_config,
+)
 from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_role, resolve_entry
 
 logger = logging.getLogger(__name__)
 
 TARGETS_SCHEMA = 1
 """Version of what `TeacherTargets` mean; part of every fingerprint, so that older cached targets are refused."""
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
+"""What transformers raises for files that do not fit: its configurations and models check little themselves."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,13 @@ class LoadedTower:
     processor: Any | None
     """The checkpoint's own image processor or feature extractor; None for language models."""
     role: Role
-    coverage: CoverageReport | None
-    """None when loaded in floating point."""
+    coverage: CoverageReport
     fingerprint: str
     """Hash of weights, configuration, revision, quantisation, tokenizer or processor, and schema."""
     tokenizer_hash: str | None
+    """None without a tokenizer."""
+    spec: TeacherSpec
+    """What it was loaded from; loads it again, for example in floating point."""
 
 
 class TowerLoader:
@@ -133,12 +145,11 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
             "processor": None if processor is None else json.loads(processor.to_json_string()),
         }
     )
-    if coverage is not None:
-        logger.info(
-            "teacher %s: %.1f %% of %d parameters in NF4, %.3f bits each, largest weight error %.3f",
-            spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
-        )  # fmt: skip
-    return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest)
+    logger.info(
+        "teacher %s: %.1f %% of %d parameters in NF4, %.3f bits each, largest weight error %.3f",
+        spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
+    )  # fmt: skip
+    return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -165,7 +176,8 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> type[PreTrainedModel]:
+def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
+    """A subclass of PreTrainedModel, or the Auto class that runs the code of an allow-listed checkpoint."""
     named = checkpoint.config.get("architectures") or []
     name = spec.model_class or (named[0] if named else None)
     if name is None:
@@ -178,8 +190,8 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> type[PreTrainedMo
     found = getattr(transformers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise TowerLoadError(
-            f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found {name!r}, which it does not have. "
-            "Update transformers; code that comes with a checkpoint is not run."
+            f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found {name!r}, which it does "
+            "not have. Update transformers; code that comes with a checkpoint is not run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
@@ -223,20 +235,24 @@ def _processor(spec: TeacherSpec) -> Any:
 
 
 def _load_model(
-    spec: TeacherSpec, checkpoint: Checkpoint, model_class: type[PreTrainedModel], device: torch.device, *, quantise: bool
-) -> tuple[PreTrainedModel, CoverageReport | None]:
+    spec: TeacherSpec,
+    checkpoint: Checkpoint,
+    model_class: Any,
+    device: torch.device,
+    *,
+    quantise: bool,
+) -> tuple[PreTrainedModel, CoverageReport]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    plan = None
+    skeleton = _skeleton(spec, model_class)
+    plan = NOTHING_QUANTISED
     if quantise:
-        skeleton = _skeleton(spec, model_class)
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
-        keys = _keys_by_parameter(skeleton, checkpoint)
     try:
         model, info = model_class.from_pretrained(
             spec.path,
-            quantization_config=None if plan is None else quantisation_config(plan, dtype),
+            quantization_config=quantisation_config(plan, dtype) if quantise else None,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -245,32 +261,34 @@ def _load_model(
             trust_remote_code=spec.remote_code,
             ignore_mismatched_sizes=True,  # reported below, in one line and by name
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except _LOADING_ERRORS as error:
         raise TowerLoadError(
             f"Expected {spec.path} to load as {model_class.__name__}, found: {_one_line(error)}. Check that the checkpoint "
             "belongs to that class."
         ) from error
     _refuse_incomplete(spec, info)
     freeze(model)
-    if plan is None:
-        return model, None
-    return model, measure_coverage(model, plan, _original(spec, keys), teacher_id=spec.id)
+    original = _original(spec, _keys_by_parameter(skeleton, checkpoint))
+    return model, measure_coverage(model, plan, original, teacher_id=spec.id)
 
 
-def _skeleton(spec: TeacherSpec, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
     """The model without weights, to plan on."""
     try:
         if spec.remote_code:
             config = transformers.AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=True)
             with torch.device("meta"):
-                return model_class.from_config(config, trust_remote_code=True)
-        config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
-        with torch.device("meta"):
-            return model_class(config)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+                skeleton = model_class.from_config(config, trust_remote_code=True)
+        else:
+            config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
+            with torch.device("meta"):
+                skeleton = model_class(config)
+    except _LOADING_ERRORS as error:
         raise TowerLoadError(
             f"Expected config.json in {spec.path} to describe a {model_class.__name__}, found: {_one_line(error)}. Fetch it again."
         ) from error
+    assert isinstance(skeleton, PreTrainedModel)
+    return skeleton
 
 
 def _keys_by_parameter(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[Path, str]]:
@@ -298,7 +316,8 @@ def _original(spec: TeacherSpec, keys: dict[str, tuple[Path, str]]) -> Callable[
             )
         path, key = keys[name]
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
 
     return read
 
@@ -311,8 +330,8 @@ def _refuse_incomplete(spec: TeacherSpec, info: dict[str, Any]) -> None:
         if names:
             raise TowerLoadError(
                 f"Expected the weights in {spec.path} to fit teacher {spec.id!r} exactly, found {len(names)} "
-                f"{kind.removesuffix('_keys')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the checkpoint again, "
-                "or name the class that it was saved from."
+                f"{kind.removesuffix('_keys')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the "
+                "checkpoint again, or name the class that it was saved from."
             )
 
 

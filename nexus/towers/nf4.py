@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -32,7 +33,7 @@ from nexus.errors import TowerLoadError
 BLOCK = 64
 """Weights that share one scale; bitsandbytes' default and the format of NF4 checkpoints."""
 MAX_WEIGHT_ERROR = 0.12
-"""Largest admitted |dequantised - original| / |original|. NF4 on normally distributed weights gives .092, the silent errors .26 up."""
+"""Largest admitted |dequantised - original| / |original|. Normally distributed weights give .092, the silent errors .26 and more."""
 VERIFIED_PARAMETERS = 2 * 10**9
 """Above this many quantised parameters, an evenly spaced choice of matrices is compared with the originals, and at least one of
 every shape: reading all of a 30B checkpoint twice would double its loading time. A wrong kernel fails on every matrix of a shape."""
@@ -61,8 +62,9 @@ class CoverageReport:
     share: float
     """quantised_params / total_params."""
     bits_per_param: float
-    """Stored bits per quantised parameter, scales and tables included."""
+    """Stored bits per quantised parameter, scales and tables included; 0 when none is quantised."""
     max_weight_error: float
+    """Largest relative error of a quantised matrix; 0 when none is quantised."""
     modules: tuple[ModuleCoverage, ...]
 
     @property
@@ -81,6 +83,10 @@ class QuantisationPlan:
     """Names of the modules whose weight is quantised."""
 
 
+NOTHING_QUANTISED = QuantisationPlan((), ())
+"""The plan of a model that is loaded in floating point."""
+
+
 def plan_quantisation(
     skeleton: PreTrainedModel, *, teacher_id: str, skip_modules: Sequence[str], min_coverage: float
 ) -> QuantisationPlan:
@@ -95,7 +101,11 @@ def plan_quantisation(
         TowerLoadError: a skip name that matches nothing, a matrix whose rows are no multiple of 64, unreached experts, or a share
             below `min_coverage`.
     """
-    linears = {name: module for name, module in skeleton.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
+    linears: dict[str, Any] = {
+        name: module
+        for name, module in skeleton.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
     idle = [skip for skip in skip_modules if all(should_convert_module(name, [skip]) for name in linears)]
     if idle:
         raise TowerLoadError(
@@ -103,29 +113,40 @@ def plan_quantisation(
             f"Give the path from the root of {type(skeleton).__name__}, such as {next(iter(linears), '')!r}."
         )
     # Sorted, because transformers collects them in a set, whose order differs between processes.
-    keep = sorted({*get_keys_to_not_convert(skeleton), *_heads(skeleton), *skip_modules, *(skeleton._keep_in_fp32_modules or ())})
+    keep = sorted(
+        {
+            *get_keys_to_not_convert(skeleton),
+            *classification_heads(skeleton),
+            *skip_modules,
+            *(skeleton._keep_in_fp32_modules or ()),
+        }
+    )
     matrices = tuple(name for name in linears if should_convert_module(name, keep))
     for name in matrices:
-        columns = _matrix(linears[name]).shape[-1]
+        # GPT-2's Conv1D keeps its matrix transposed.
+        columns = linears[name].weight.shape[0 if isinstance(linears[name], Conv1D) else 1]
         if columns % BLOCK:
             raise TowerLoadError(
-                f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of teacher "
-                f"{teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
+                f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of "
+                f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
             )
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     quantised = sum(linears[name].weight.numel() for name in matrices)
-    experts = [name for name, module in skeleton.named_modules() if _is_fused_experts(module) and should_convert_module(name, keep)]
+    experts = [
+        name
+        for name, module in skeleton.named_modules()
+        if _is_fused_experts(module) and should_convert_module(name, keep)
+    ]
     if experts:
         share = sum(p.numel() for name in experts for p in skeleton.get_submodule(name).parameters()) / total
         raise TowerLoadError(
-            f"Expected NF4 to reach the experts of teacher {teacher_id!r}, found them fused into 3-D parameters that bitsandbytes skips "
-            f"({len(experts)} modules, {share:.0%} of the parameters, first {experts[0]!r}). Add {experts[0].split('.')[-1]!r} to its "
-            "skip_modules to keep them in floating point, or use a dense teacher."
+            f"Expected NF4 to reach the experts of teacher {teacher_id!r}, found them fused into 3-D parameters that "
+            f"bitsandbytes skips ({len(experts)} modules, {share:.0%} of the parameters, first {experts[0]!r}). Use a dense teacher."
         )
     if quantised < min_coverage * total:
         raise TowerLoadError(
-            f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found {quantised / total:.1%} "
-            f"({quantised:,} of {total:,}). Lower its min_coverage if the rest may stay in floating point."
+            f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found "
+            f"{quantised / total:.1%} ({quantised:,} of {total:,}). Lower its min_coverage if the rest may stay in floating point."
         )
     return QuantisationPlan(tuple(keep), matrices)
 
@@ -164,22 +185,27 @@ def measure_coverage(
         TowerLoadError: a matrix of the plan is not in NF4, or its relative error reaches MAX_WEIGHT_ERROR.
     """
     planned = set(plan.matrices)
-    verified = _sample({name: _shape(model.get_submodule(name)) for name in plan.matrices})
+    # The module stores packed bytes; its quantisation state knows the shape. Without one the matrix is reported below.
+    states = {name: getattr(model.get_submodule(name).weight, "quant_state", None) for name in plan.matrices}
+    verified = _sample({name: tuple(state.shape) for name, state in states.items() if state is not None})
     modules: list[ModuleCoverage] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if name in planned:
-            if not isinstance(module, bnb.nn.Linear4bit) or module.weight.quant_state is None:
-                raise TowerLoadError(f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this.")
+            state = states[name]
+            if state is None:
+                raise TowerLoadError(
+                    f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this."
+                )
             error = _weight_error(module, original(f"{name}.weight")) if name in verified else None
             if error is not None and not error < MAX_WEIGHT_ERROR:
                 raise TowerLoadError(
-                    f"Expected a relative NF4 error below {MAX_WEIGHT_ERROR} in every matrix, found {error:.3f} in {name!r} of teacher "
-                    f"{teacher_id!r}. Add it to the teacher's skip_modules."
+                    f"Expected a relative NF4 error below {MAX_WEIGHT_ERROR} in every matrix, found {error:.3f} in {name!r} of "
+                    f"teacher {teacher_id!r}. Add it to the teacher's skip_modules."
                 )
-            size = math.prod(module.weight.quant_state.shape)
+            size = math.prod(state.shape)
             modules.append(ModuleCoverage(name, size, True, stored_bits(module), error, None))
             own = [p for p in own if p is not module.weight]
         if own:
@@ -200,8 +226,8 @@ def measure_coverage(
     )
 
 
-def stored_bits(module: bnb.nn.Linear4bit) -> int:
-    """Bits that a quantised weight occupies: indices, scales, scales of scales, and both tables."""
+def stored_bits(module: Any) -> int:
+    """Bits that the weight of a `Linear4bit` occupies: indices, scales, scales of scales, and both tables."""
     state = module.weight.quant_state
     tensors = [module.weight.data, state.absmax, state.code]
     if state.nested:
@@ -209,35 +235,25 @@ def stored_bits(module: bnb.nn.Linear4bit) -> int:
     return sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors)
 
 
-def dequantised(module: bnb.nn.Linear4bit) -> Tensor:
-    """The stored matrix as float32 [out_features, in_features]."""
-    return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+def dequantised(module: Any) -> Tensor:
+    """The stored matrix of a `Linear4bit` as float32 [out_features, in_features]."""
+    matrix: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return matrix.float()
 
 
-def _heads(model: PreTrainedModel) -> set[str]:
+def classification_heads(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of classification heads: linear children of the model itself that give one number per label."""
     if "Classification" not in type(model).__name__:
-        return set()
-    return {
+        return ()
+    return tuple(
         name
         for name, child in model.named_children()
         if isinstance(child, nn.Linear) and child.out_features == model.config.num_labels
-    }
+    )
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "down_proj")
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight as [out_features, in_features]; Conv1D keeps it transposed."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a planned matrix; a mismatch is reported where the module is met."""
-    state = getattr(module.weight, "quant_state", None)
-    return tuple(module.weight.shape if state is None else state.shape)
 
 
 def _sample(shapes: dict[str, tuple[int, ...]]) -> set[str]:
@@ -248,7 +264,7 @@ def _sample(shapes: dict[str, tuple[int, ...]]) -> set[str]:
     return {*list(shapes)[::stride], *first_of_shape.values()}
 
 
-def _weight_error(module: bnb.nn.Linear4bit, original: Tensor) -> float:
+def _weight_error(module: Any, original: Tensor) -> float:
     reference = original.to(module.weight.device, torch.float32)
     if issubclass(module.source_cls, Conv1D):
         reference = reference.T
@@ -259,6 +275,6 @@ def _weight_error(module: bnb.nn.Linear4bit, original: Tensor) -> float:
 def _reason(name: str, module: nn.Module, plan: QuantisationPlan) -> str:
     if name in plan.matrices:
         return "bias"
-    if isinstance(module, nn.Linear | Conv1D):
-        return "output head or skipped by policy" if not should_convert_module(name, list(plan.keep)) else "subclass of Linear"
-    return f"{type(module).__name__} is no linear layer"
+    if not isinstance(module, nn.Linear | Conv1D):
+        return f"{type(module).__name__} is not linear"
+    return "subclass of Linear" if should_convert_module(name, list(plan.keep)) else "output head or skipped by policy"

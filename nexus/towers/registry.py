@@ -6,8 +6,8 @@ actor and is all that `nexus.towers.loader` needs. Nothing here imports torch, a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import importlib
 import importlib.resources
 import json
 import re
@@ -99,7 +99,10 @@ class TeacherEntry(StrictModel):
     towers: tuple[str, ...] = Field(min_length=1)
     capabilities: tuple[str, ...] = Field(min_length=1)
     """Each has a row in the file's table of contracts."""
-    processor: Literal["tokenizer", "tokenizer+image", "tokenizer+audio", "tokenizer+image+audio", "image", "video", "audio"] | None
+    processor: (
+        Literal["tokenizer", "tokenizer+image", "tokenizer+audio", "tokenizer+image+audio", "image", "video", "audio"]
+        | None
+    )
     """What prepares its inputs; None where nothing does."""
     nf4: Nf4Policy | None
     """None: never quantised, or already quantised by its authors."""
@@ -121,7 +124,9 @@ class TeacherEntry(StrictModel):
     @model_validator(mode="after")
     def _can_be_reproduced(self) -> TeacherEntry:
         if self.revision is None and "revision" not in self.verify:
-            raise ValueError(f"teacher {self.id!r} has no pinned revision; pin a commit or add `revision` to its verify list")
+            raise ValueError(
+                f"teacher {self.id!r} has no pinned revision; pin a commit or add `revision` to its verify list"
+            )
         if self.remote_code.allowed and self.revision is None:
             raise ValueError(f"teacher {self.id!r} may run remote code only at a pinned revision; pin a commit")
         return self
@@ -182,11 +187,9 @@ def shipped_config(name: str) -> Path:
         ConfigError: when it is in neither place.
     """
     folders = [Path(__file__).resolve().parents[2] / "configs"]
-    try:
-        # A wheel installs the folder as a package of data; in a source tree the same name is importable as a namespace.
+    # A wheel installs the folder as a package of data; in a source tree the same name is importable as a namespace.
+    with contextlib.suppress(ModuleNotFoundError):
         folders.insert(0, Path(str(importlib.resources.files("configs"))))
-    except (ModuleNotFoundError, TypeError):
-        pass
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
@@ -348,7 +351,6 @@ def pull_teacher(
     Raises:
         TowerLoadError: one line saying what kept the files away (no network, gated, no such repository or revision, disk).
     """
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -373,14 +375,19 @@ def pull_teacher(
             f"{expected} a gated repository. Accept its licence on its page and log in with `hf auth login`."
         ) from None
     except RepositoryNotFoundError:
-        raise TowerLoadError(f"{expected} no such repository, or a private one. Check its name, or `hf auth login`.") from None
+        raise TowerLoadError(
+            f"{expected} no such repository, or a private one. Check its name, or `hf auth login`."
+        ) from None
     except RevisionNotFoundError:
         raise TowerLoadError(f"{expected} no such revision. Name a commit of that repository.") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.HTTPError, ConnectionError, HfHubHTTPError) as error:
+    # The base of HfHubHTTPError is its HTTP library's own error; which library that is depends on the version of huggingface_hub.
+    except (HfHubHTTPError.__bases__[0], LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TowerLoadError(
             f"{expected} no answer ({reason}). Connect to a network, unset HF_HUB_OFFLINE, or copy the files to "
             f"{folder or 'the Hugging Face cache'}."
         ) from None
     except OSError as error:
-        raise TowerLoadError(f"{expected} that the files cannot be written: {error}. Free disk space or choose another folder.") from None
+        raise TowerLoadError(
+            f"{expected} that the files cannot be written: {error}. Free disk space or choose another folder."
+        ) from None
