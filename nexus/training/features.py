@@ -22,7 +22,7 @@ COSINE_WEIGHT = 0.9
 SMOOTH_L1_WEIGHT = 0.1
 """The shares of arXiv 2312.06709, section 3.3: direction first, size enough to keep the scale."""
 
-NORM_FLOOR = 1e-3
+NORM_FLOOR = 1e-2
 """Root mean square, in units of a standardised feature, below which a vector has no direction. It bounds the gradient of the cosine
 at a predictor that still gives zeros, where it would be infinite."""
 
@@ -174,4 +174,5 @@ class FeatureStandardiser:
 
 def _unit(rows_MH: Tensor) -> Tensor:
     floor = NORM_FLOOR * math.sqrt(rows_MH.shape[-1])
-    return rows_MH / torch.linalg.vector_norm(rows_MH, dim=-1, keepdim=True).clamp_min(floor)
+    norms_M1: Tensor = torch.linalg.vector_norm(rows_MH, dim=-1, keepdim=True)
+    return rows_MH / norms_M1.clamp_min(floor)

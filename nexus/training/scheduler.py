@@ -104,7 +104,7 @@ class LearningRateSchedule:
 
 
 def cosine_decay(start: float, end: float, step: int, total: int) -> float:
-    """Half a cosine from `start` at step 0 to `end` at step `total` and after it (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5).
+    """Half a cosine from `start` at step 0 to `end` at step `total` and after it (arXiv 1608.03983, eq. 5).
 
     The weight gamma of the feature anchors goes from 1.0 to 0.3 by it. With `total` <= 0 there is nothing to decay over: `end`.
     """
