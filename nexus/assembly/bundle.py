@@ -220,8 +220,10 @@ class BundleStudent:
                 if self.tokenizer.eos_token_id in tokens_T
                 else len(tokens_T)
             )
+            text = self.tokenizer.decode(tokens_T[:end], skip_special_tokens=True)
+            assert isinstance(text, str)  # a list of texts only for a list of rows
             yield Answer(
-                text=self.tokenizer.decode(tokens_T[:end], skip_special_tokens=True),
+                text=text,
                 towers=tuple(tower for tower, on in zip(TOWERS, chosen_N, strict=True) if on),
                 source=source,
             )
@@ -263,7 +265,9 @@ def export_bundle(
                 f"Expected towers with encoders of their own, found a wrapped encoder in the {tower} tower. "
                 "Leave encoder_width out of the student's preset; a wrapped encoder cannot be exported yet."
             )
-    if directory.exists() and not (directory / MANIFEST_FILE).is_file() and any(directory.iterdir()):
+    if directory.exists() and not (
+        directory.is_dir() and ((directory / MANIFEST_FILE).is_file() or not any(directory.iterdir()))
+    ):
         raise ArtifactError(
             f"Expected a bundle or nothing at {directory}, found other files. Choose another folder, or empty this one."
         )

@@ -137,7 +137,7 @@ def _step_ticks(last_step: int) -> list[int]:
     if last_step < 2:
         return [0]
     scale = 10 ** math.floor(math.log10(last_step / 2))
-    step = next(scale * factor for factor in (1, 2, 5, 10) if last_step / (scale * factor) <= 4)
+    step = next(scale * factor for factor in (1, 2, 5, 10) if last_step / (scale * factor) <= 5)
     return list(range(0, last_step + 1, step))
 
 

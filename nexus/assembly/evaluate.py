@@ -206,6 +206,11 @@ def quantisation_tax(
         raise DataError(
             "Expected held-out rows to weigh NF4 on, found none. Name test files in data.<capability>.test."
         )
+    if not np.isfinite(np.asarray(kl_N, dtype=np.float64)).all():
+        raise DataError(
+            "Expected finite divergences, found infinity or nan: NF4 rules out what the teacher allows, or gave nan. "
+            "Keep more modules in floating point (skip_modules)."
+        )
     return QuantisationTax(
         float_score=float(np.mean(np.asarray(float_correct, dtype=np.float64))),
         nf4_score=float(np.mean(np.asarray(nf4_correct, dtype=np.float64))),
@@ -227,14 +232,13 @@ def router_metrics(
     sources: Sequence[str],
     *,
     threshold: float,
-    network_source: str = "network",
 ) -> RouterMetrics:
     """Confusion, accuracy and coverage of held-out routing decisions.
 
     Args:
         labels: the towers that each row needs.
         decisions: the towers that the router switched on, same order.
-        sources: what decided each row; rows whose source is `network_source` count as covered.
+        sources: who decided each row, as `RouterDecision.source` says; `model` counts as covered.
 
     Raises:
         DataError: when there are no rows or the lengths differ.
@@ -252,7 +256,7 @@ def router_metrics(
     return RouterMetrics(
         accuracy=right / len(labels),
         threshold=threshold,
-        coverage=sum(source == network_source for source in sources) / len(labels),
+        coverage=sum(source == "model" for source in sources) / len(labels),
         confusion=confusion,
     )
 

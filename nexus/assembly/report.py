@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import soundfile
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 from pydantic import ConfigDict
 
@@ -147,21 +148,12 @@ def write_report(data: ReportData, path: Path) -> None:
         DataError: when a sample's media cannot be decoded.
         ArtifactError: when the disk refuses.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=_percent, duration=_duration, parameters=_parameters, number=_number, percent_or_dash=_percent_or_dash
-    )
-    html = environment.get_template(TEMPLATE).render(
+    html = _template().render(
         data=data,
         metrics=data.metrics,
         summary=_summarise(data),
         retention=_retention_rows(data.metrics),
+        axis=_retention_axis(data.metrics),
         training=_training(data),
         profiles=[_heat_row(profile) for profile in data.profiles],
         max_layers=max((profile.num_layers for profile in data.profiles), default=0),
@@ -172,6 +164,21 @@ def write_report(data: ReportData, path: Path) -> None:
         chart=charts,
     )
     write_bytes_atomically(path, html.encode())
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=_percent, duration=_duration, parameters=_parameters, number=_number, percent_or_dash=_percent_or_dash
+    )
+    return environment.get_template(TEMPLATE)
 
 
 def render_table(metrics: Metrics) -> str:
@@ -359,8 +366,7 @@ def _importance(config: RunConfig, teacher: str) -> float:
 
 def _retention_rows(metrics: Metrics) -> list[_RetentionRow]:
     """Bars on one axis for all capabilities, from 0 to at least 100 %."""
-    rows = metrics.retention.values()
-    end = max([1.0, *(row.ci95[1] for row in rows), *(row.retention for row in rows)])
+    end = _axis_end(metrics)
 
     def place(value: float) -> float:
         return round(100 * value / end, 2)
@@ -381,6 +387,16 @@ def _retention_rows(metrics: Metrics) -> list[_RetentionRow]:
         )
         for capability, row in metrics.retention.items()
     ]
+
+
+def _axis_end(metrics: Metrics) -> float:
+    """100 %, or what a student reaches that is better than its teacher."""
+    return max([1.0, *(max(row.retention, row.ci95[1]) for row in metrics.retention.values())])
+
+
+def _retention_axis(metrics: Metrics) -> list[charts.Tick]:
+    """Quarters up to 100 %, as percentages of the axis."""
+    return [charts.Tick(round(25 * quarter / _axis_end(metrics), 2), f"{25 * quarter} %") for quarter in range(5)]
 
 
 def _training(data: ReportData) -> _Training | None:
