@@ -115,7 +115,8 @@ def prepare_environment(target: ClusterTarget) -> None:
                 file.write(secrets.token_hex(32))
     elif target.mode == "join" and token.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray Data's own actor pools make Ray's core print an error about their constructor arguments at every start.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     for name, value in MALLOC_ENVIRONMENT.items():
@@ -159,6 +160,7 @@ def connect(
         }
     else:
         options |= {"address": target.address or "auto"}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         context = ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:

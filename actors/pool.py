@@ -93,7 +93,7 @@ class TeacherPool:
             TowerLoadError: from the first teacher that cannot load.
             TeacherUnavailableError: when a teacher does not answer within `load_timeout_s`.
         """
-        remote = ray.remote(TeacherActor)
+        remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)
         handles = {
             spec.id: remote.options(
                 name=actor_name(spec.id),
@@ -103,7 +103,6 @@ class TeacherPool:
                 max_restarts=MAX_RESTARTS,
                 max_task_retries=0,
                 max_pending_calls=4 * window + 16,
-                concurrency_groups={CONTROL_GROUP: 1},
                 allow_out_of_order_execution=True,
             ).remote(spec, torch_threads)
             for spec in specs

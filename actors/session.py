@@ -58,8 +58,8 @@ class Reporter:
     def line(self, text: str) -> None:
         """One line of news."""
 
-    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """How far a stage is."""
+    def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
+        """How far a stage is; `total` is None where only the end of the data tells."""
 
 
 class Session:
@@ -91,6 +91,8 @@ class Session:
 
     def __enter__(self) -> Session:
         """Begin to measure memory and to watch for signals."""
+        # Here and not on connecting: the stages import modules that import Ray.
+        prepare_environment(self.target)
         self.memory.__enter__()
         _raise_on_signals()
         return self
@@ -117,7 +119,6 @@ class Session:
     def cluster(self) -> ClusterSession:
         """The connected cluster, joined or started on first use."""
         if self._cluster is None:
-            prepare_environment(self.target)
             settings = self.config.cluster
             self._cluster = connect(
                 self.target,

@@ -99,7 +99,7 @@ def _run(stage: str, session: Session, inject_spike: str | None) -> tuple[list[P
 def profile(session: Session) -> tuple[list[Path], Summary]:
     """Measure what skipping each layer of each teacher costs, on labelled rows streamed by Ray Data; one file per teacher."""
     from actors.dataflow import TeacherWork, stream_answers
-    from nexus.profiling.niwt import consolidate
+    from nexus.profiling.consolidation import consolidate
 
     config = session.config
     settings = config.profile
@@ -138,7 +138,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
     ):
         measurements[works[answer.work].teacher].append(answer.result)
         rows += len(answer.records)
-        session.reporter.progress("profile", rows, rows, works[answer.work].teacher)
+        session.reporter.progress("profile", rows, None, works[answer.work].teacher)
     seconds = time.perf_counter() - start
     outputs = []
     summary: Summary = {}
@@ -207,7 +207,7 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
         ):
             writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
-            session.reporter.progress("extract", done, done, works[answer.work].teacher)
+            session.reporter.progress("extract", done, None, works[answer.work].teacher)
         for writer in writers:
             writer.finish()
     outputs: list[Path] = []
@@ -265,8 +265,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
         )
-        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share, "concurrency_groups": {"control": 1}}
-        actors[student] = ray.remote(TrainerActor).options(**options).remote(plan)
+        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share}
+        actors[student] = ray.remote(concurrency_groups={"control": 1})(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}
     pending = list(references)

@@ -135,4 +135,4 @@ class StudentActor:
         from nexus.training.setup import load_trained_student
 
         torch.set_num_threads(self._config.cluster.torch_threads)
-        return load_trained_student(self._config, self._run_dir, name, teachers if name == "distilled" else ())
+        return load_trained_student(self._config, self._run_dir, name, teachers, taught=name == "distilled")

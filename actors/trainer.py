@@ -130,11 +130,13 @@ class TrainerActor:
         events = EventLog(run_dir / EVENTS_FILE)
         metrics = TrainerMetrics(plan.student)
         folder = run_dir / "checkpoints" / plan.student
+        taught = plan.student == "distilled"
         loop = build_loop(
             plan.config,
             run_dir=run_dir,
             teachers=plan.teachers,
-            source=self._source(events) if plan.teachers else None,
+            source=self._source(events) if taught else None,
+            taught=taught,
             inject_spike=plan.inject_spike,
         )
         fingerprint = plan.config.fingerprint()

@@ -25,13 +25,14 @@ class ConsoleReporter(Reporter):
         self.close()
         print(text, file=sys.stderr, flush=True)
 
-    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """Move the stage's bar, or print where it is every few seconds."""
         if not self._is_terminal:
             now = time.monotonic()
             if now - self._last.get(stage, now - LOG_EVERY_S) >= LOG_EVERY_S:
                 self._last[stage] = now
-                print(f"{stage}: {done} of {total} {note}".rstrip(), file=sys.stderr, flush=True)
+                of = "" if total is None else f" of {total}"
+                print(f"{stage}: {done}{of} {note}".rstrip(), file=sys.stderr, flush=True)
             return
         bar = self._bars.get(stage)
         if bar is None:

@@ -80,7 +80,8 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
 
 def guarded(command: Callable[[], Any]) -> int:
     """Run a command and turn what it raises into an exit code and, on stderr, one line."""
-    import typer._click as click
+    import typer
+    from typer.exceptions import TyperException
 
     from actors.session import Interrupted
 
@@ -90,13 +91,13 @@ def guarded(command: Callable[[], Any]) -> int:
     except Interrupted as interrupt:
         _complain("stopped; the state is saved and the same command continues")
         return interrupt.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _complain("stopped")
         return 130
     except UserError as error:
         _complain(str(error))
         return ExitCodes.USER
-    except click.exceptions.ClickException as error:
+    except TyperException as error:
         _complain(error.format_message())
         return ExitCodes.USER
     except NexusError as error:

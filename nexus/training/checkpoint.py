@@ -36,6 +36,8 @@ class CheckpointManifest(StrictModel):
     """Hash of the configuration sections that training depends on."""
     files: dict[str, str]
     """File name -> sha256."""
+    aliases: dict[str, str]
+    """Weight -> the stored weight that it is tied to; safetensors stores each memory once."""
 
 
 def save_checkpoint(
@@ -51,10 +53,13 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}, temporary / WEIGHTS_FILE)
+        aliases = _aliases(weights)
+        stored = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items() if name not in aliases}
+        save_file(stored, temporary / WEIGHTS_FILE)
         torch.save(dict(state), temporary / STATE_FILE)
         files = {name: sha256_of(temporary / name) for name in (WEIGHTS_FILE, STATE_FILE)}
-        write_artifact(temporary / MANIFEST_FILE, CheckpointManifest(step=step, fingerprint=fingerprint, files=files))
+        manifest = CheckpointManifest(step=step, fingerprint=fingerprint, files=files, aliases=aliases)
+        write_artifact(temporary / MANIFEST_FILE, manifest)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -95,4 +100,17 @@ def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str
         if not path.is_file() or sha256_of(path) != digest:
             raise ArtifactError(f"Expected {path} as its manifest describes it, found another or no file. Delete {newest}.")
     state = torch.load(newest / STATE_FILE, weights_only=True, map_location="cpu")
-    return manifest.step, load_file(newest / WEIGHTS_FILE), state
+    weights = load_file(newest / WEIGHTS_FILE)
+    return manifest.step, weights | {name: weights[target] for name, target in manifest.aliases.items()}, state
+
+
+def _aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is the whole memory of an earlier one."""
+    first: dict[tuple[int, int], str] = {}
+    aliases = {}
+    for name, tensor in weights.items():
+        memory = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and memory in first:
+            aliases[name] = first[memory]
+        first.setdefault(memory, name)
+    return aliases

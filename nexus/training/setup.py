@@ -29,8 +29,10 @@ TOKENIZER_DIR = "tokenizer"
 """Folder of the run directory that keeps the student's tokenizer, so that later stages need no teacher."""
 
 
-def build_student_spec(config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts]) -> StudentSpec:
-    """The preset with the tokenizer's vocabulary, the router's keywords and an alignment per critical layer."""
+def build_student_spec(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts], *, taught: bool
+) -> StudentSpec:
+    """The preset with the tokenizer's vocabulary and the router's keywords; when taught, with an alignment per critical layer."""
     spec = load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
     # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
     sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
@@ -42,6 +44,8 @@ def build_student_spec(config: RunConfig, tokenizer: PreTrainedTokenizerBase, te
     )
     keywords = tuple((source.towers[0], source.keywords) for source in config.data if source.keywords)
     spec = replace(spec, router=replace(spec.router, keywords=keywords))
+    if not taught:
+        return spec
     towers = {
         teacher.id: tuple(tower for capability in teacher.capabilities for tower in config.data_of(capability).towers)
         for teacher in config.teachers
@@ -55,9 +59,17 @@ def build_loop(
     run_dir: Path,
     teachers: Sequence[TeacherFacts],
     source: TargetSource | None,
+    taught: bool,
     inject_spike: str | None = None,
 ) -> DistillationLoop:
-    """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything. No teachers: labelled rows only.
+    """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything.
+
+    Args:
+        run_dir: holds the tokenizer and the language teachers' answers.
+        teachers: all teachers of the run.
+        source: where targets come from; needed when taught.
+        taught: False trains the same student from the labelled rows alone.
+        inject_spike: see `parse_spike`.
 
     Raises:
         ConfigError, DataError, ArtifactError: when the configuration's parts do not fit each other or the data.
@@ -65,8 +77,8 @@ def build_loop(
     distill = config.distill
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     torch.manual_seed(config.seed)
-    spec = build_student_spec(config, tokenizer, teachers)
-    student = NexusStudent(spec)
+    student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
+    teachers = teachers if taught else ()
     objective = DistillationObjective(
         student,
         tokenizer,
@@ -173,9 +185,9 @@ def _unlabelled_paths(run_dir: Path, teacher: TeacherFacts, capability: str) -> 
 
 
 def load_trained_student(
-    config: RunConfig, run_dir: Path, name: str, teachers: Sequence[TeacherFacts]
+    config: RunConfig, run_dir: Path, name: str, teachers: Sequence[TeacherFacts], *, taught: bool
 ) -> tuple[NexusStudent, PreTrainedTokenizerBase]:
-    """Student and tokenizer of the newest checkpoint of `name`; `teachers` as the checkpoint was trained with.
+    """Student and tokenizer of the newest checkpoint of `name`; `teachers` and `taught` as in `build_loop`.
 
     Raises:
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
@@ -186,7 +198,7 @@ def load_trained_student(
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
     _, weights, _ = found
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
-    student = NexusStudent(build_student_spec(config, tokenizer, teachers))
+    student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
     prefix = "student."
     student.load_state_dict(
         {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
