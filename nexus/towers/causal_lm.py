@@ -108,7 +108,7 @@ def score_completions(
     """
     assert request.completions is not None
     rows = tokenise_rows(tokenizer, request.prompts, request.completions)
-    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids) - 1 for row in rows])
+    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids[:-1]) for row in rows])
     top_k = min(request.top_k, _vocabulary_size(model))
     ids: list[np.ndarray] = [np.empty(0)] * len(rows)
     logprobs, tails = list(ids), list(ids)
@@ -129,8 +129,7 @@ def score_completions(
             for layer, split in state_parts.items():
                 hidden[layer][row] = split[b].numpy()
             if not parts[3][b].all():
-                first = int((~parts[3][b]).nonzero()[0])
-                bad[request.row_ids[row]] = f"not finite from scored token {first} on"
+                bad[request.row_ids[row]] = "not finite"
     if bad:
         raise RowsError(
             "Expected finite results (hidden states within float16) from the teacher for every row; quarantine the rows or profile "

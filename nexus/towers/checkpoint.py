@@ -60,9 +60,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, weights)
 
 
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the content of the safetensors files, sampled when they are huge."""
-    whole = sum(path.stat().st_size for path in checkpoint.files) <= FULL_HASH_BYTES
+def weights_digest(checkpoint: Checkpoint, *, full_hash_bytes: int = FULL_HASH_BYTES) -> str:
+    """SHA-256 over the content of the safetensors files; above `full_hash_bytes` over headers, sizes and sampled blocks."""
+    whole = sum(path.stat().st_size for path in checkpoint.files) <= full_hash_bytes
     digest = hashlib.sha256()
     for path in checkpoint.files:
         digest.update(f"{path.name} {path.stat().st_size} ".encode())

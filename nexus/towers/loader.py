@@ -171,8 +171,10 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise TowerLoadError(f"Expected a GPU for device {device!r}, found none. Use device='cpu' or 'auto'.")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise TowerLoadError(
+            f"Expected a GPU for device {device!r}, found {torch.cuda.device_count()} GPUs. Use device='cpu' or 'auto'."
+        )
     return target
 
 

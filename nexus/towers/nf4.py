@@ -173,13 +173,19 @@ def freeze(model: nn.Module) -> None:
 
 
 def measure_coverage(
-    model: PreTrainedModel, plan: QuantisationPlan, original: Callable[[str], Tensor], *, teacher_id: str
+    model: PreTrainedModel,
+    plan: QuantisationPlan,
+    original: Callable[[str], Tensor],
+    *,
+    teacher_id: str,
+    verified_parameters: int = VERIFIED_PARAMETERS,
 ) -> CoverageReport:
     """Count what a loaded model stores, and compare its matrices with the originals, one at a time.
 
     Args:
         model: loaded by `quantisation_config(plan)`.
-        original: name of a parameter -> its floating-point original, in the module's own orientation.
+        original: name of a parameter -> its floating-point original, as the checkpoint holds it.
+        verified_parameters: above this many, only a choice of matrices is compared.
 
     Raises:
         TowerLoadError: a matrix of the plan is not in NF4, or its relative error reaches MAX_WEIGHT_ERROR.
@@ -187,7 +193,9 @@ def measure_coverage(
     planned = set(plan.matrices)
     # The module stores packed bytes; its quantisation state knows the shape. Without one the matrix is reported below.
     states = {name: getattr(model.get_submodule(name).weight, "quant_state", None) for name in plan.matrices}
-    verified = _sample({name: tuple(state.shape) for name, state in states.items() if state is not None})
+    verified = _sample(
+        {name: tuple(state.shape) for name, state in states.items() if state is not None}, verified_parameters
+    )
     modules: list[ModuleCoverage] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -256,10 +264,10 @@ def _is_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "down_proj")
 
 
-def _sample(shapes: dict[str, tuple[int, ...]]) -> set[str]:
+def _sample(shapes: dict[str, tuple[int, ...]], verified_parameters: int) -> set[str]:
     """The matrices that are compared with their originals: all, or an evenly spaced choice that has every shape."""
     total = sum(math.prod(shape) for shape in shapes.values())
-    stride = max(1, math.ceil(total / VERIFIED_PARAMETERS))
+    stride = max(1, math.ceil(total / verified_parameters))
     first_of_shape = {shape: name for name, shape in reversed(shapes.items())}
     return {*list(shapes)[::stride], *first_of_shape.values()}
 

@@ -340,13 +340,18 @@ def find_checkpoint(
 
 
 def pull_teacher(
-    teacher_id: str, repo: str, revision: str | None, *, models_dir: Path | None = None, cache_dir: Path | None = None
+    teacher: TeacherEntry | HubTeacher,
+    *,
+    models_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
 ) -> Path:
     """Fetch a repository's safetensors, configuration and tokenizer; returns their folder.
 
     Args:
         models_dir: fetched to `models_dir/<id>`; None fetches to the Hugging Face cache instead.
         cache_dir: the Hugging Face cache; None means the user's own.
+        endpoint: a mirror of the hub; None means the hub.
 
     Raises:
         TowerLoadError: one line saying what kept the files away (no network, gated, no such repository or revision, disk).
@@ -361,13 +366,21 @@ def pull_teacher(
         RevisionNotFoundError,
     )
 
-    folder = None if models_dir is None else models_dir / teacher_id
-    at = f" at revision {revision}" if revision else ""
-    expected = f"Expected to fetch teacher {teacher_id!r} from {repo}{at}, found"
+    # Which HTTP library the hub's client uses depends on its version; the base of its error is that library's own.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    folder = None if models_dir is None else models_dir / teacher.id
+    runs_code = isinstance(teacher, TeacherEntry) and teacher.remote_code.allowed
+    at = f" at revision {teacher.revision}" if teacher.revision else ""
+    expected = f"Expected to fetch teacher {teacher.id!r} from {teacher.repo}{at}, found"
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, cache_dir=cache_dir, local_dir=folder, allow_patterns=list(PULLED_FILES)
+                teacher.repo,
+                revision=teacher.revision,
+                cache_dir=cache_dir,
+                local_dir=folder,
+                endpoint=endpoint,
+                allow_patterns=[*PULLED_FILES, *(["*.py"] if runs_code else [])],
             )
         )
     except GatedRepoError:
@@ -380,8 +393,7 @@ def pull_teacher(
         ) from None
     except RevisionNotFoundError:
         raise TowerLoadError(f"{expected} no such revision. Name a commit of that repository.") from None
-    # The base of HfHubHTTPError is its HTTP library's own error; which library that is depends on the version of huggingface_hub.
-    except (HfHubHTTPError.__bases__[0], LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+    except (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TowerLoadError(
             f"{expected} no answer ({reason}). Connect to a network, unset HF_HUB_OFFLINE, or copy the files to "
