@@ -112,10 +112,14 @@ class BlockStack:
     def require_called_once(self, calls: Sequence[int]) -> None:
         """Raise ProfilingError unless the model's forward went through every block exactly once."""
         if any(count != 1 for count in calls):
-            raise ProfilingError(
-                f"Expected one forward of the model to call each of the {len(self)} blocks at '{self.path}' once, found calls "
-                f"{list(calls)}: these blocks do not process this input. Pass layers= with the path of the blocks that do."
-            )
+            raise self.not_in_the_path(f"calls {list(calls)}")
+
+    def not_in_the_path(self, found: str) -> ProfilingError:
+        """Return the error for blocks that the model's forward does not go through one after the other."""
+        return ProfilingError(
+            f"Expected one forward of the model to call each of the {len(self)} blocks at '{self.path}' once, found {found}: "
+            "these blocks do not process this input. Pass layers= with the path of the blocks that do."
+        )
 
     def require_effect(self, readings_V: Tensor) -> None:
         """Raise ProfilingError when no ablation moved any reading, or when one is no number.

@@ -237,7 +237,7 @@ class NIWTProfiler:
         with undisturbed(self.model):
             for ids_BT, mask_BT, chosen_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT, targets_BT):
                 scored = scored_tokens(ids_BT, chosen_BT)
-                read = token_reader(self.model, text_inputs(self.model, ids_BT, mask_BT), scored)
+                read = token_reader(self.model, self.stack, text_inputs(self.model, ids_BT, mask_BT), scored)
                 readings_VN2 = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
                 parts.append(_sums_per_sample(readings_VN2.cpu(), scored.rows_N.cpu(), len(ids_BT)))
         nll_VB, hits_VB = torch.cat(parts, dim=1).unbind(dim=-1)

@@ -159,7 +159,9 @@ def language_model_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
-def token_reader(model: PreTrainedModel, inputs: Mapping[str, Tensor], scored: ScoredTokens) -> Reader:
+def token_reader(
+    model: PreTrainedModel, stack: BlockStack, inputs: Mapping[str, Tensor], scored: ScoredTokens
+) -> Reader:
     """Return a reader of [variants, N, 2]: the scored tokens' negative log-likelihood (nats) and whether they are the argmax.
 
     The head sees the scored positions only, through a hook, because not every model can be told which logits to keep.
@@ -168,6 +170,10 @@ def token_reader(model: PreTrainedModel, inputs: Mapping[str, Tensor], scored: S
 
     def read(num_variants: int) -> Tensor:
         def keep_scored(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if len(args[0]) != num_variants * len(inputs["input_ids"]):
+                raise stack.not_in_the_path(
+                    f"{len(args[0])} rows behind them where {num_variants} variants were stacked"
+                )
             hidden_VBTD = args[0].view(num_variants, -1, *args[0].shape[1:])
             return (hidden_VBTD[:, scored.rows_N, scored.positions_N].flatten(0, 1)[None], *args[1:])
 
