@@ -1,0 +1,168 @@
+"""The configuration: strict, one line per mistake, overrides, and every shipped file parses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nexus.config import RunConfig, dump_config, load_config, parse_config, resolve_path
+from nexus.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+def _document() -> dict:
+    return yaml.safe_load(QUICKSTART.read_text())
+
+
+def _error(document: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(document, source="run.yaml")
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_every_shipped_run_configuration_parses():
+    runs = [QUICKSTART, *(CONFIGS / "distill").glob("*.yaml")]
+    assert runs
+    for path in runs:
+        assert isinstance(load_config(path), RunConfig)
+
+
+def test_a_resolved_configuration_reads_back_equal(tmp_path):
+    config = load_config(QUICKSTART, ["distill.surgery.method=upgrad", "seed=7"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    plain = load_config(QUICKSTART)
+    (tmp_path / "d.yaml").write_text(dump_config(plain))
+    assert load_config(tmp_path / "d.yaml").fingerprint() == plain.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "nearest"),
+    [
+        ((), "distil", "distill"),
+        (("distill",), "temprature", "temperature"),
+        (("teachers", 0), "capabilites", "capabilities"),
+        (("data", 1), "max_tokens", "max_new_tokens"),
+        (("student",), "tokeniser", "tokenizer"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(place, name, nearest):
+    document = _document()
+    section = document
+    for part in place:
+        section = section[part]
+    section[name] = 1
+    text = _error(document)
+    assert f"{name}'" in text
+    assert f"did you mean {nearest!r}" in text
+
+
+def test_every_mistake_is_named_not_only_the_first():
+    document = _document()
+    document["distill"]["steps"] = 0
+    document["seed"] = "many"
+    text = _error(document)
+    assert "'distill.steps'" in text
+    assert "'seed'" in text
+
+
+def test_values_are_not_coerced():
+    document = _document()
+    document["distill"]["steps"] = "100"
+    assert "valid integer" in _error(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["teachers"].append(dict(d["teachers"][0])), "'sample-reasoning' twice"),
+        (lambda d: d["student"].update(tokenizer="sample-resoning"), "did you mean 'sample-reasoning'"),
+        (lambda d: d["teachers"].pop(), "capability 'audio' has data but no teacher"),
+        (lambda d: d["data"].pop(), "no data carry it"),
+        (lambda d: d["data"].append(dict(d["data"][0])), "'reasoning' twice"),
+        (lambda d: d["data"][1].update(keywords=["print"]), "no effect without towers"),
+        (lambda d: d["distill"].update(surgery={"every": 5}), "every has no effect"),
+        (lambda d: d["teachers"][0].update(kind="pth"), "pth"),
+        (lambda d: d.pop("distill"), "'distill' is missing"),
+    ],
+)
+def test_contradictions_are_refused_in_words(change, words):
+    document = _document()
+    change(document)
+    assert words in _error(document)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("distill.steps=7", lambda c: c.distill.steps, 7),
+        ("distill.learning_rate=1.0e-4", lambda c: c.distill.learning_rate, 1e-4),
+        ("teachers.sample-code.importance=2.5", lambda c: c.teachers[1].importance, 2.5),
+        ("data.vision.batch_size=3", lambda c: c.data[2].batch_size, 3),
+        ("data.0.batch_size=5", lambda c: c.data[0].batch_size, 5),
+        ("evaluate.max_rows=9", lambda c: c.evaluate.max_rows, 9),
+        ("data.reasoning.keywords.0=each", lambda c: c.data[0].keywords[0], "each"),
+    ],
+)
+def test_set_overrides_a_key(override, read, value):
+    assert read(load_config(QUICKSTART, [override])) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.steps", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+        ("teachers.nobody.importance=1", "sample-reasoning"),
+        ("seed.a=1", "the value 0"),
+        ("seed.a.b=1", "the value 0"),
+        ("distill.stepps=3", "did you mean 'steps'"),
+        ("name=[", "Quote it"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(override, words):
+    with pytest.raises(ConfigError, match=".") as caught:
+        load_config(QUICKSTART, [override])
+    assert words in str(caught.value)
+
+
+def test_unreadable_files_are_one_clear_line(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="found list"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2\n")
+    with pytest.raises(ConfigError, match=r"at line 2"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="readable YAML"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "date.yaml").write_text("name: x\nseed: 2020-01-01\n")
+    with pytest.raises(ConfigError, match="plain YAML"):
+        load_config(tmp_path / "date.yaml")
+
+
+def test_teachers_and_data_are_found_by_capability():
+    config = load_config(QUICKSTART)
+    assert [teacher.id for teacher in config.teachers_of("code")] == ["sample-code"]
+    assert config.data_of("audio").towers == ("audio",)
+    assert config.fingerprint("distill") != config.fingerprint("data")
+
+
+def test_sample_paths_lie_in_the_package():
+    assert resolve_path("samples:code/test.parquet").is_file()
+    assert resolve_path("somewhere/x.parquet") == Path("somewhere/x.parquet")
+
+
+def test_the_schema_imports_no_torch():
+    code = "import sys, nexus.config; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
