@@ -202,7 +202,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch has not annotated it
+    return bool(torch.cuda.is_initialized())
 
 
 def _tensors(tree: Tree) -> Iterator[Tensor]:

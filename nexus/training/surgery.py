@@ -63,15 +63,18 @@ def combine(
     norms, cosines = _norms_and_cosines(gradients_NP)
     alive = np.flatnonzero(norms)
     cosines = cosines[np.ix_(alive, alive)]
-    if cosines.size == 0 or cosines.min() >= 0.0:
-        return _weighted_sum(gradients_NP, coefficients)
     lengths = coefficients[alive] * norms[alive]
+    if not lengths.any() or cosines.min() >= 0.0:
+        return _weighted_sum(gradients_NP, coefficients)
+    # Relative lengths: the square of a length of 1e200 overflows, that of 1e-200 vanishes.
+    longest = lengths.max()
+    lengths = lengths / longest
     upgrad = method == "upgrad"
     weights = sum_of_projections(cosines, lengths) if upgrad else _project_in_turn(cosines, lengths, generator)
     if weights @ cosines @ weights <= (STATIONARY_TOLERANCE * lengths.sum()) ** 2:
         return torch.zeros_like(gradients_NP[0])
     factors = np.zeros_like(norms)
-    factors[alive] = weights / norms[alive]
+    factors[alive] = weights / norms[alive] * longest
     return _weighted_sum(gradients_NP, factors)
 
 
