@@ -330,7 +330,12 @@ def find_checkpoint(
     if local.is_dir():
         return local
     try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        # Without the patterns, a folder that `pull_teacher` filled counts as incomplete: it left the pickled weights out.
+        return Path(
+            snapshot_download(
+                repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=list(PULLED_FILES)
+            )
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         at = f" at revision {revision}" if revision else ""
         raise TowerLoadError(
@@ -396,7 +401,7 @@ def pull_teacher(
     except (http_error, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise TowerLoadError(
-            f"{expected} no answer ({reason}). Connect to a network, unset HF_HUB_OFFLINE, or copy the files to "
+            f"{expected} no usable answer ({reason}). Connect to a network, unset HF_HUB_OFFLINE, or copy the files to "
             f"{folder or 'the Hugging Face cache'}."
         ) from None
     except OSError as error:
