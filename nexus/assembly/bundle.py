@@ -234,18 +234,25 @@ class BundleStudent:
             media = media_batch(inputs, self.student.spec)
         except DataError:
             # Once more, row by row, to say which one it was.
-            for place, row in zip(places, inputs, strict=True):
-                try:
-                    media_batch([row], self.student.spec)
-                except DataError as error:
-                    raise DataError(f"row {place}: {error}") from None
-            raise
+            problems = {
+                place: problem for place, row in zip(places, inputs, strict=True) if (problem := self._problem(row))
+            }
+            place, problem = min(problems.items())
+            raise DataError(f"row {place}: {problem}") from None
         moved = {
             field.name: value.to(self.device)
             for field in dataclasses.fields(media)
             if (value := getattr(media, field.name)) is not None
         }
         return dataclasses.replace(media, **moved)
+
+    def _problem(self, media: MediaInput) -> str | None:
+        """Why one row's media cannot be used; None when they can."""
+        try:
+            media_batch([media], self.student.spec)
+        except DataError as error:
+            return str(error)
+        return None
 
 
 def export_bundle(

@@ -1,4 +1,4 @@
-"""Data for the report's tests: invented numbers in the run directory's own models, and media made on the spot."""
+"""Data for the tests of assembly: invented numbers in the run directory's own models, media and a student made on the spot."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from datetime import datetime, timezone
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nexus.adapters.base import Alignment
 from nexus.artifacts import (
     ActivationSummary,
     CriticalLayer,
@@ -26,6 +30,8 @@ from nexus.artifacts import (
 )
 from nexus.assembly.report import ReportData, SampleRow
 from nexus.config import RunConfig, parse_config
+from nexus.student.memory import NexusStudent
+from nexus.student.presets import StudentSpec
 
 TEACHERS = {"qwen3-math": "reasoning", "gemma3-code": "code", "siglip-digits": "vision", "whisper-digits": "audio"}
 NUM_STEPS = 800
@@ -281,3 +287,67 @@ def report_data() -> ReportData:
         samples=run_samples(),
         finished=datetime(2025, 3, 14, 9, 26, tzinfo=timezone.utc),
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer, trained on the spot."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
+    model.train_from_iterator(["how many stones are left", "print the sum", "which digit is spoken"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def student(tokenizer: PreTrainedTokenizerBase) -> NexusStudent:
+    """A small student with random weights large enough, and ports open enough, that every input shows in its answers."""
+    spec = StudentSpec.from_dict(
+        {
+            "core": {
+                "vocab_size": 280,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "port_every": 1,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.4,
+            },
+            "reasoning": {"width": 32, "num_layers": 1, "num_heads": 2, "num_context_tokens": 3},
+            "vision": {
+                "width": 32,
+                "num_layers": 1,
+                "num_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+                "num_channels": 1,
+            },
+            "audio": {
+                "width": 32,
+                "num_layers": 1,
+                "num_heads": 2,
+                "num_mels": 16,
+                "sampling_rate": 8000,
+                "window_size": 256,
+                "hop_size": 160,
+                "num_samples": 8000,
+            },
+            "router": {"hidden_size": 16, "keywords": [["reasoning", ["how many"]]]},
+        }
+    )
+    spec = spec.with_vocabulary(
+        len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    spec = spec.with_alignments("reasoning", [Alignment("qwen3-math", 1, 48)])
+    spec = spec.with_alignments("vision", [Alignment("siglip-digits", "pooled", 40)])
+    torch.manual_seed(0)
+    whole = NexusStudent(spec)
+    with torch.no_grad():
+        for port in whole.core.ports.values():
+            port.gate_D.fill_(1.5)
+    return whole
