@@ -127,9 +127,10 @@ def pad_rows(
         input_ids_BT[index, middle:end] = row.completion_ids
         attention_mask_BT[index, start:end] = 1
         loss_mask_BT[index, max(middle, start + 1) : end] = True
+    # Tuples of lists, not of generators: CPython grows the latter and then keeps up to 2,000 freed ones of each length.
     return TokenBatch(
-        row_ids=tuple(row.record.id for row in rows),
-        records=tuple(row.record for row in rows),
+        row_ids=tuple([row.record.id for row in rows]),
+        records=tuple([row.record for row in rows]),
         input_ids_BT=torch.from_numpy(input_ids_BT),
         attention_mask_BT=torch.from_numpy(attention_mask_BT),
         loss_mask_BT=torch.from_numpy(loss_mask_BT),
@@ -139,6 +140,8 @@ def pad_rows(
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, start: bool) -> list[list[int]]:
     """Ids of each text; with `start`, after whatever the tokenizer puts before a sequence, but without its end."""
+    if not texts:  # which tokenizers refuse
+        return []
     # Lengths are judged by max_length here, so the tokenizer's own warning about model_max_length would only mislead.
     encoded = tokenizer(
         list(texts),
