@@ -65,13 +65,15 @@ class TeacherPool:
         timeout_s: float,
         max_retries: int,
         on_event: Callable[[str, str, str], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
-        """`on_event(kind, teacher, reason)` hears of every retry."""
+        """`on_event(kind, teacher, reason)` hears of every retry; `check` is called while waiting and may raise to end the wait."""
         self._lanes = {teacher: _Lane(handle) for teacher, handle in handles.items()}
         self._window = window
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._on_event = on_event
+        self._check = check
         self._done: dict[Hashable, Any] = {}
         self._pending: set[Hashable] = set()
 
@@ -86,6 +88,7 @@ class TeacherPool:
         timeout_s: float,
         max_retries: int,
         load_timeout_s: float,
+        check: Callable[[], None] | None = None,
     ) -> tuple[TeacherPool, dict[str, LoadReport]]:
         """Create one actor per teacher, load them side by side, and wait for all.
 
@@ -107,7 +110,7 @@ class TeacherPool:
             ).remote(spec, torch_threads)
             for spec in specs
         }
-        pool = cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries)
+        pool = cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check)
         return pool, pool.load(load_timeout_s)
 
     @classmethod
@@ -203,6 +206,8 @@ class TeacherPool:
                 lane.in_flight[reference] = call
 
     def _poll(self) -> None:
+        if self._check:
+            self._check()
         flying = {reference: lane for lane in self._lanes.values() for reference in lane.in_flight}
         ready, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_S, fetch_local=True)
         for reference in ready:

@@ -10,8 +10,6 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -88,13 +86,14 @@ class Session:
         self._pool: TeacherPool | None = None
         self._reports: dict[str, LoadReport] = {}
         self._student: Any = None
+        self._signum: int | None = None
 
     def __enter__(self) -> Session:
         """Begin to measure memory and to watch for signals."""
         # Here and not on connecting: the stages import modules that import Ray.
         prepare_environment(self.target)
         self.memory.__enter__()
-        _raise_on_signals()
+        self._watch_signals()
         return self
 
     def __exit__(
@@ -115,6 +114,21 @@ class Session:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def check_signals(self) -> None:
+        """Raise `Interrupted` when Ctrl-C or SIGTERM came; called wherever a stage waits."""
+        if self._signum is not None:
+            raise Interrupted(self._signum)
+
+    def _watch_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        # The first signal is only noted: raising here would tear Ray's compiled calls in the middle. Whoever insists, ends it.
+        if self._signum is not None:
+            raise Interrupted(signum)
+        self._signum = signum
+
     @property
     def cluster(self) -> ClusterSession:
         """The connected cluster, joined or started on first use."""
@@ -129,7 +143,7 @@ class Session:
                 dashboard=self._dashboard,
             )
             # ray.init replaces the handler of SIGTERM by one that loses the state.
-            _raise_on_signals()
+            self._watch_signals()
             self.memory.watch_session(self._cluster.session_name)
             self.reporter.line(self._cluster.description)
         return self._cluster
@@ -151,6 +165,7 @@ class Session:
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,
                 load_timeout_s=LOAD_TIMEOUT_S,
+                check=self.check_signals,
             )
             for report in self._reports.values():
                 self.reporter.line(
@@ -236,7 +251,7 @@ class Session:
         while not ready:
             if time.monotonic() > limit:
                 raise StageFailedError(f"Expected an answer within {timeout_s:.0f} s, found none. Run the same command again.")
-            # Short waits, so that Ctrl-C is seen.
+            self.check_signals()
             ready, _ = ray.wait([reference], timeout=1.0)
         try:
             return ray.get(reference)
@@ -268,30 +283,3 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
-
-
-@contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back for a short piece of work that must not be torn."""
-    caught: list[int] = []
-
-    def remember(signum: int, _frame: FrameType | None) -> None:
-        caught.append(signum)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if caught:
-        raise Interrupted(caught[0])
-
-
-def _raise_on_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_interrupted)
-
-
-def _raise_interrupted(signum: int, _frame: FrameType | None) -> None:
-    raise Interrupted(signum)

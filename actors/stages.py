@@ -51,6 +51,7 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
     records: dict[str, StageRecord] = {}
     redo: set[str] = set()
     for stage in closure(last):
+        session.check_signals()
         done = session.run.completed(stage)
         # A stage whose input was made anew is made anew.
         if done and not redo.intersection(NEEDS[stage]):
@@ -136,6 +137,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
         max_retries=config.distill.max_retries,
         name="nexus profile",
     ):
+        session.check_signals()
         measurements[works[answer.work].teacher].append(answer.result)
         rows += len(answer.records)
         session.reporter.progress("profile", rows, None, works[answer.work].teacher)
@@ -205,6 +207,7 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
             max_retries=config.distill.max_retries,
             name="nexus extract",
         ):
+            session.check_signals()
             writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[answer.work].teacher)
@@ -272,6 +275,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     pending = list(references)
     try:
         while pending:
+            session.check_signals()
             ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
             for reference in ready:
                 results[references[reference]] = session.wait_for(reference)

@@ -28,13 +28,13 @@ def read_media(media: Media) -> bytes:
         ) from None
 
 
-def record_media(records: Sequence[Record], spec: StudentSpec, *, snr_db: float | None) -> MediaBatch:
-    """The media of `records` in their order, with noise of `snr_db` on recordings (None adds none).
+def record_media(records: Sequence[Record], spec: StudentSpec, *, snr_db: Sequence[float | None]) -> MediaBatch:
+    """The media of `records` in their order, with noise on each recording of its own `snr_db` (None adds none).
 
     Raises:
         DataError: when media cannot be read or decoded, or the student has no tower for them.
     """
-    return media_batch([_media_input(record, snr_db) for record in records], spec)
+    return media_batch([_media_input(record, snr) for record, snr in zip(records, snr_db, strict=True)], spec)
 
 
 def _media_input(record: Record, snr_db: float | None) -> MediaInput:
@@ -45,4 +45,6 @@ def _media_input(record: Record, snr_db: float | None) -> MediaInput:
         return MediaInput(image=data)
     if record.media.kind == "audio":
         return MediaInput(audio=data, noise=None if snr_db is None else Noise(record.id, snr_db))
-    raise DataError(f"Expected an image or a recording in row {record.id}, found a {record.media.kind}. The student has no tower for it.")
+    raise DataError(
+        f"Expected an image or a recording in row {record.id}, found a {record.media.kind}. The student has no tower for it."
+    )

@@ -304,8 +304,8 @@ class DistillationLoop:
         kd = {teacher: torch.stack([loss.kd for loss in losses]).mean() for teacher, losses in parts.items()}
         anchor = {teacher: torch.stack([loss.anchor for loss in losses]).mean() for teacher, losses in parts.items()}
         per_teacher = {teacher: kd[teacher] + gamma * anchor[teacher] for teacher in parts}
-        golds = [self.objective.gold_loss(capability, rows) for capability, rows in batch.labelled.items() if rows]
-        gold = torch.stack(golds).mean() if golds else None
+        labelled = {capability: rows for capability, rows in batch.labelled.items() if rows}
+        gold = self.objective.gold_loss(labelled) if labelled else None
         combined = self._surgery(per_teacher) if self._surgery is not None and per_teacher else None
         terms = [] if combined is None else [combined.loss]
         if gold is not None and settings.gold_weight:

@@ -28,7 +28,7 @@ from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.records import Record
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.inputs import read_media, record_media
-from nexus.student.memory import MediaBatch, NexusStudent
+from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment
@@ -129,7 +129,7 @@ class DistillationObjective(nn.Module):
             completions = [teacher.label_texts[index] for index in chosen]
         else:
             completions = [_completion(record) for record in records]
-        passed = self._forward(assignment.capability, records, completions)
+        passed = self._forward(records, completions)
         if teacher.label_texts is not None:
             assert targets is not None and targets.label_logprobs_BC is not None
             divergence = self._classifier_divergence(teacher, passed, targets)
@@ -141,22 +141,29 @@ class DistillationObjective(nn.Module):
             kd = self._response_weight * passed.cross_entropy()
         return TeacherLoss(kd, self._anchor(teacher, passed, targets, kd))
 
-    def gold_loss(self, capability: str, records: Sequence[Record]) -> Tensor:
-        """Cross-entropy on the gold completions of labelled rows, nats per token."""
-        return self._forward(capability, records, [_completion(record) for record in records]).cross_entropy()
+    def gold_loss(self, labelled: Mapping[str, Sequence[Record]]) -> Tensor:
+        """Cross-entropy on the gold completions of labelled rows, nats per token, mean over capabilities. One forward pass.
 
-    def _forward(self, capability: str, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
-        facts = self.capabilities[capability]
+        Args:
+            labelled: capability -> rows, at least one.
+        """
+        records = [record for rows in labelled.values() for record in rows]
+        passed = self._forward(records, [_completion(record) for record in records])
+        parts = passed.row_cross_entropy().split([len(rows) for rows in labelled.values()], dim=1)
+        return torch.stack([nats_B.sum() / tokens_B.sum() for nats_B, tokens_B in parts]).mean()
+
+    def _forward(self, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
+        """One pass over rows of any capabilities, each with the towers of its own."""
+        facts = [self.capabilities[record.capability] for record in records]
         batch = collate(
             records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
         )
-        tower_mask_BN = torch.tensor([[tower in facts.towers for tower in TOWERS]]).expand(len(records), -1)
         output = self.student(
             batch.input_ids_BT,
             batch.attention_mask_BT,
             prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
-            tower_mask_BN=tower_mask_BN,
-            media=record_media(records, self.student.spec, snr_db=facts.snr_db) if facts.towers else MediaBatch(),
+            tower_mask_BN=torch.tensor([[tower in fact.towers for tower in TOWERS] for fact in facts]),
+            media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
             output_hidden_states=True,
         )
         return _Passed(batch, output.trunk.logits, output.trunk.hidden_states[-1], output.encoded.features)
@@ -266,7 +273,15 @@ class _Passed:
         return (self.states_BTD[:, :-1] * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
 
     def cross_entropy(self) -> Tensor:
+        """Nats per scored token."""
         return F.cross_entropy(self.scored_logits_NV.float(), self.scored_ids_N)
+
+    def row_cross_entropy(self) -> Tensor:
+        """[2, B]: summed nats and number of scored tokens of each row."""
+        nats_N = F.cross_entropy(self.scored_logits_NV.float(), self.scored_ids_N, reduction="none")
+        rows_N = self.scored_mask_BT.nonzero()[:, 0]
+        sums_B = nats_N.new_zeros(len(self.scored_mask_BT)).index_add(0, rows_N, nats_N)
+        return torch.stack([sums_B, self.scored_mask_BT.sum(dim=1).to(sums_B)])
 
 
 def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], towers: Mapping[str, Sequence[str]]) -> StudentSpec:
