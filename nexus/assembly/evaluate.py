@@ -112,9 +112,9 @@ def retention_with_interval(
 def build_retention(
     *,
     teacher: str,
-    teacher_correct: ArrayLike,
-    student_correct: ArrayLike,
-    labels_only_correct: ArrayLike | None,
+    teacher_scores: ArrayLike,
+    student_scores: ArrayLike,
+    labels_only_scores: ArrayLike | None,
     chance: float,
     contract: float,
     bootstrap: int,
@@ -128,24 +128,24 @@ def build_retention(
         DataError: as `retention_with_interval`.
     """
     retention, interval = retention_with_interval(
-        teacher_correct, student_correct, chance=chance, bootstrap=bootstrap, seed=seed
+        teacher_scores, student_scores, chance=chance, bootstrap=bootstrap, seed=seed
     )
     without, without_score, without_interval = None, None, None
-    if labels_only_correct is not None:
-        without_score = float(np.mean(np.asarray(labels_only_correct, dtype=np.float64)))
+    if labels_only_scores is not None:
+        without_score = float(np.mean(np.asarray(labels_only_scores, dtype=np.float64)))
         without, without_interval = retention_with_interval(
-            teacher_correct, labels_only_correct, chance=chance, bootstrap=bootstrap, seed=seed
+            teacher_scores, labels_only_scores, chance=chance, bootstrap=bootstrap, seed=seed
         )
     return Retention(
         teacher=teacher,
-        teacher_score=float(np.mean(np.asarray(teacher_correct, dtype=np.float64))),
-        student_score=float(np.mean(np.asarray(student_correct, dtype=np.float64))),
+        teacher_score=float(np.mean(np.asarray(teacher_scores, dtype=np.float64))),
+        student_score=float(np.mean(np.asarray(student_scores, dtype=np.float64))),
         chance=chance,
         retention=retention,
         ci95=interval,
         contract=contract,
         holds=retention >= contract,
-        num_rows=int(np.size(teacher_correct)),
+        num_rows=int(np.size(teacher_scores)),
         labels_only_score=without_score,
         labels_only_retention=without,
         labels_only_ci95=without_interval,
@@ -232,13 +232,15 @@ def router_metrics(
     sources: Sequence[str],
     *,
     threshold: float,
+    network_source: str = "model",
 ) -> RouterMetrics:
     """Confusion, accuracy and coverage of held-out routing decisions.
 
     Args:
         labels: the towers that each row needs.
         decisions: the towers that the router switched on, same order.
-        sources: who decided each row, as `RouterDecision.source` says; `model` counts as covered.
+        sources: who decided each row, as `RouterDecision.source` says.
+        network_source: the source that counts as covered.
 
     Raises:
         DataError: when there are no rows or the lengths differ.
@@ -256,7 +258,7 @@ def router_metrics(
     return RouterMetrics(
         accuracy=right / len(labels),
         threshold=threshold,
-        coverage=sum(source == "model" for source in sources) / len(labels),
+        coverage=sum(source == network_source for source in sources) / len(labels),
         confusion=confusion,
     )
 

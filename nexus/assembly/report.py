@@ -35,7 +35,7 @@ from nexus.artifacts import (
 )
 from nexus.assembly import charts
 from nexus.assembly.evaluate import score_answers
-from nexus.config import RunConfig, dump_config, load_config
+from nexus.config import DataConfig, RunConfig, dump_config, load_config
 from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
@@ -65,6 +65,8 @@ MARKED_EVENTS = {
     "rebaseline": "baselines renewed",
 }
 """Kinds of events.jsonl lines that are marked on the loss curves, and their words."""
+DISTILLED = "distilled"
+"""The student that events belong to when they name none; the labels-only student has no teachers to draw."""
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 Verdict = Literal["right", "wrong", "unjudged"]
@@ -79,7 +81,7 @@ class SampleRow(StrictModel):
     capability: str
     prompt: str
     media: bytes | None = None
-    """Encoded image or audio, as the student was given it."""
+    """Encoded image or audio, as it stands in the row."""
     media_kind: MediaKind | None = None
     gold: str | None
     teacher: str | None
@@ -307,6 +309,8 @@ class _Sample:
     audio: str | None
     waveform: str | None
     seconds: float | None
+    snr_db: float | None
+    """Noise that the models heard on top of the recording."""
 
 
 def _summarise(data: ReportData) -> _Summary:
@@ -406,7 +410,7 @@ def _training(data: ReportData) -> _Training | None:
     last_step, seen = 0, set()
     for event in data.events:
         kind, step = event.get("kind"), event.get("step")
-        if not isinstance(step, int):
+        if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
             continue
         last_step = max(last_step, step)
         if kind == "step":
@@ -473,22 +477,22 @@ def _stage_rows(metrics: Metrics) -> list[_StageRow]:
 def _sample_groups(data: ReportData) -> dict[str, list[_Sample]]:
     """Samples by capability, in the order of the configuration, then any others."""
     groups: dict[str, list[_Sample]] = {source.capability: [] for source in data.config.data}
-    kinds = {source.capability: source.answer for source in data.config.data}
+    sources = {source.capability: source for source in data.config.data}
     for row in data.samples:
         if row.capability not in groups:
             raise ArtifactError(
                 f"Expected samples of the run's capabilities ({', '.join(groups)}), found {row.capability!r}. "
                 "samples.json belongs to another configuration: run `nexus evaluate` again."
             )
-        groups[row.capability].append(_sample(row, kinds[row.capability]))
+        groups[row.capability].append(_sample(row, sources[row.capability]))
     return {capability: rows for capability, rows in groups.items() if rows}
 
 
-def _sample(row: SampleRow, kind: Literal["gsm8k", "exact"]) -> _Sample:
+def _sample(row: SampleRow, source: DataConfig) -> _Sample:
     def judged(who: str, text: str | None) -> _Answer:
         if text is None or row.gold is None:
             return _Answer(who, text, "unjudged")
-        return _Answer(who, text, "right" if score_answers([text], [row.gold], kind)[0] else "wrong")
+        return _Answer(who, text, "right" if score_answers([text], [row.gold], source.answer)[0] else "wrong")
 
     image = decode_image(row.media) if row.media is not None and row.media_kind == "image" else None
     if image is not None:
@@ -510,6 +514,7 @@ def _sample(row: SampleRow, kind: Literal["gsm8k", "exact"]) -> _Sample:
         audio=None if samples_S is None else _data_uri("audio/wav", _wav(samples_S)),
         waveform=None if samples_S is None else charts.waveform_path(samples_S),
         seconds=None if samples_S is None else samples_S.size / AUDIO_SAMPLING_RATE,
+        snr_db=source.snr_db if row.media_kind == "audio" else None,
     )
 
 

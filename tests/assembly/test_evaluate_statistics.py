@@ -239,9 +239,9 @@ def test_scores_of_different_rows_or_without_value_are_refused(teacher: list[flo
 def build(labels_only: np.ndarray | None, contract: float = 0.7) -> Retention:
     return build_retention(
         teacher="big",
-        teacher_correct=scores(200, 0.95, seed=1),
-        student_correct=scores(200, 0.75, seed=2),
-        labels_only_correct=labels_only,
+        teacher_scores=scores(200, 0.95, seed=1),
+        student_scores=scores(200, 0.75, seed=2),
+        labels_only_scores=labels_only,
         chance=0.1,
         contract=contract,
         bootstrap=300,

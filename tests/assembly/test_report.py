@@ -368,6 +368,17 @@ def test_events_that_are_no_numbers_change_no_curve(report_data: ReportData, tmp
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_labels_only_students_events_are_not_mixed_in(report_data: ReportData, tmp_path: Path) -> None:
+    own = [{**event, "student": "distilled"} for event in report_data.events]
+    other = [
+        {"kind": "step", "student": "labels_only", "step": 5, "losses": {"qwen3-math": 99.0}},
+        {"kind": "rollback", "student": "labels_only", "step": 2000},
+    ]
+    write_report(dataclasses.replace(report_data, events=[*own, *other]), tmp_path / "a.html")
+    write_report(report_data, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
 # --- layers, router, cost, tax ----------------------------------------------------------------------------------------------
 
 
@@ -512,6 +523,15 @@ def test_a_recording_can_be_played_and_is_drawn(page: Page) -> None:
     assert len(samples) / rate == pytest.approx(0.6)
     assert np.abs(samples).max() == pytest.approx(0.6, abs=0.02)
     assert ("svg", "aria-label", "Waveform, 0.6 s") in page.attributes
+
+
+def test_noise_that_the_models_heard_is_told(report_data: ReportData, page: Page, tmp_path: Path) -> None:
+    document = report_data.config.model_dump(mode="json")
+    document["distill"]["surgery"].pop("every")
+    document["data"][3]["snr_db"] = 20.0
+    shown = page_of(dataclasses.replace(report_data, config=parse_config(document, source="test")), tmp_path)
+    assert shown.text.count("the models heard it with noise, 20 dB below the voice") == 2
+    assert "with noise" not in page.text
 
 
 def test_a_long_recording_is_cut(report_data: ReportData, tmp_path: Path) -> None:
