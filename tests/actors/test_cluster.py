@@ -1,0 +1,113 @@
+"""`--cluster`: what it resolves to, and that a dead address is told in seconds."""
+
+from __future__ import annotations
+
+import socket
+import stat
+import time
+
+import pytest
+
+from actors.cluster import MALLOC_ENVIRONMENT, prepare_environment, resolve_cluster
+from nexus.errors import ClusterError
+
+
+@pytest.fixture
+def clean_environment(monkeypatch, tmp_path):
+    """No job, no address, no running cluster, an empty home."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name in (*MALLOC_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL", "RAY_DATA_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.fixture
+def listener():
+    """A port that answers, as a GCS would."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def _closed_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_auto_starts_a_local_cluster_when_none_runs(clean_environment):
+    assert resolve_cluster("auto").mode == "local"
+
+
+def test_auto_inside_a_job_joins_the_job_s_cluster(clean_environment, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("RAY_ADDRESS", _closed_port())
+    assert resolve_cluster("auto").mode == "job"
+
+
+def test_auto_joins_the_address_of_the_environment(clean_environment, monkeypatch, listener):
+    monkeypatch.setenv("RAY_ADDRESS", listener)
+    target = resolve_cluster("auto")
+    assert (target.mode, target.address) == ("join", listener)
+
+
+def test_a_dead_address_is_an_error_within_seconds_and_never_a_fallback(clean_environment, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", _closed_port())
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match="RAY_ADDRESS: expected a Ray cluster"):
+        resolve_cluster("auto")
+    assert time.monotonic() - start < 10  # a hang of Ray's own would be 100 s
+
+
+def test_auto_joins_the_machine_s_running_cluster_and_ignores_a_dead_one(clean_environment, listener):
+    folder = clean_environment / "ray"
+    folder.mkdir()
+    (folder / "ray_current_cluster").write_text(listener)
+    assert resolve_cluster("auto").address == listener
+    (folder / "ray_current_cluster").write_text(_closed_port())
+    assert resolve_cluster("auto").mode == "local"
+
+
+def test_local_ignores_every_address(clean_environment, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", _closed_port())
+    assert resolve_cluster("local").mode == "local"
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:", ":6379", "host:port", "ray://host:10001", "host:99999"])
+def test_a_malformed_address_is_refused(clean_environment, address):
+    with pytest.raises(ClusterError, match="--cluster: expected"):
+        resolve_cluster(address)
+
+
+def test_a_dashboard_address_is_refused_with_the_job_command(clean_environment):
+    with pytest.raises(ClusterError, match="ray job submit --address http://head:8265"):
+        resolve_cluster("http://head:8265")
+
+
+def test_a_local_start_gets_a_private_token(clean_environment):
+    prepare_environment(resolve_cluster("local"))
+    token = clean_environment / "home" / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text()) == 64
+    before = token.read_text()
+    prepare_environment(resolve_cluster("local"))
+    assert token.read_text() == before
+
+
+def test_joining_uses_a_token_only_where_one_exists(clean_environment, monkeypatch, listener):
+    import os
+
+    monkeypatch.setenv("RAY_ADDRESS", listener)
+    prepare_environment(resolve_cluster("auto"))
+    assert "RAY_AUTH_MODE" not in os.environ
+    token = clean_environment / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("x")
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    prepare_environment(resolve_cluster("auto"))
+    assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -1,0 +1,69 @@
+"""Ray Data streams rows to the teachers' actors: every readable row once, in file order, errors as themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from actors.dataflow import TeacherWork, stream_answers
+from actors.pool import TeacherPool
+from nexus.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def teacher(ray_cluster, reasoning_spec):
+    TeacherPool.start(
+        [reasoning_spec], torch_threads=1, num_gpus=0, window=2, timeout_s=120, max_retries=2, load_timeout_s=120
+    )
+    return reasoning_spec.id
+
+
+def _work(path, **changes) -> TeacherWork:
+    values = {
+        "teacher": "sample-reasoning",
+        "capability": "reasoning",
+        "paths": (str(path),),
+        "skip_rows": 0,
+        "max_rows": None,
+        "method": "answer",
+        "arguments": (2, None),
+        "batch_size": 5,
+    }
+    return TeacherWork(**{**values, **changes})
+
+
+def _stream(works, tmp_path, bad_share=0.5):
+    return stream_answers(
+        works,
+        quarantine_dir=tmp_path / "quarantine",
+        max_bad_share=bad_share,
+        timeout_s=60,
+        max_retries=1,
+        name="test",
+    )
+
+
+def test_rows_of_all_files_arrive_once_in_order_and_bad_ones_are_quarantined(teacher, rows_file, rows_parquet, tmp_path):
+    works = [_work(rows_file), _work(rows_parquet, skip_rows=3, max_rows=7, batch_size=2)]
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    for answer in _stream(works, tmp_path):
+        assert len(answer.result) == len(answer.records)
+        seen[answer.work] += [record.id for record in answer.records]
+    assert seen[0] == [f"r{n}" for n in range(12)]
+    assert seen[1] == [f"r{n}" for n in range(3, 10)]
+    lines = [json.loads(line) for path in (tmp_path / "quarantine").iterdir() for line in path.read_text().splitlines()]
+    assert len(lines) == 1
+
+
+def test_an_unreadable_file_is_its_own_clear_error(teacher, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="empty"):
+        list(_stream([_work(tmp_path / "empty.jsonl")], tmp_path))
+
+
+def test_too_many_bad_rows_stop_the_stream(teacher, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "a?"}\n' + "{broken\n" * 9)
+    with pytest.raises(DataError, match="bad"):
+        list(_stream([_work(path)], tmp_path, bad_share=0.1))

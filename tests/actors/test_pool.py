@@ -1,0 +1,162 @@
+"""Teachers as actors: the actor returns what the engine computes, the pool bounds, retries, heals and never changes an answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+
+from actors.pool import TeacherPool, actor_name
+from nexus.errors import ConfigError, TeacherUnavailableError, TowerLoadError
+from nexus.towers.registry import TeacherSpec
+from nexus.towers.targets import ScoreRequest
+
+
+def _request(number: int) -> ScoreRequest:
+    return ScoreRequest(
+        row_ids=(f"a{number}", f"b{number}"),
+        prompts=(f"Tom has {number} pens.", "How many?"),
+        completions=("2+3=5\n#### 5", f"#### {number}"),
+        media=None,
+        temperature=2.0,
+        top_k=8,
+        layers=(0, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster, reasoning_spec):
+    pool, reports = TeacherPool.start(
+        [reasoning_spec],
+        torch_threads=1,
+        num_gpus=0,
+        window=2,
+        timeout_s=120,
+        max_retries=3,
+        load_timeout_s=120,
+    )
+    assert reports["sample-reasoning"].quantised_share > 0.5
+    assert reports["sample-reasoning"].max_weight_error < 0.12
+    return pool
+
+
+@pytest.fixture(scope="module")
+def engine(reasoning_spec):
+    import torch
+
+    from nexus.towers.engine import TeacherEngine
+    from nexus.towers.loader import load_tower
+
+    torch.set_num_threads(1)
+    return TeacherEngine(load_tower(reasoning_spec), teacher_id="sample-reasoning")
+
+
+def test_the_actor_returns_what_the_engine_computes_in_process(pool, engine):
+    pool.submit("one", "sample-reasoning", "score", _request(3))
+    assert pool.collect("one") == engine.score(_request(3))
+
+
+def test_results_are_kept_until_collected_in_any_order(pool, engine):
+    for number in range(6):
+        pool.submit(number, "sample-reasoning", "score", _request(number))
+    for number in (5, 0, 3, 1, 4, 2):
+        assert pool.collect(number).row_ids == _request(number).row_ids
+
+
+def test_the_window_bounds_what_is_in_flight(pool):
+    for number in range(7):
+        pool.submit(("w", number), "sample-reasoning", "score", _request(number))
+    lane = pool._lanes["sample-reasoning"]
+    assert len(lane.in_flight) == 2
+    assert len(lane.waiting) == 5
+    pool.forget()
+    assert not lane.in_flight
+    assert not lane.waiting
+
+
+def test_an_error_of_the_teacher_arrives_as_itself_and_spoils_no_other_call(pool):
+    bad = ScoreRequest(("x",), ("p",), None, None, 1.0, 4, ())
+    pool.submit("bad", "sample-reasoning", "score", bad)
+    pool.submit("good", "sample-reasoning", "score", _request(1))
+    with pytest.raises(ConfigError, match="Expected completions"):
+        pool.collect("bad")
+    assert pool.collect("good").row_ids == ("a1", "b1")
+
+
+def test_the_actor_is_named_readable_and_healthy_while_it_works(pool):
+    handle = ray.get_actor(actor_name("sample-reasoning"))
+    assert handle is not None
+    pool.submit("busy", "sample-reasoning", "score", _request(2))
+    health = pool.health("sample-reasoning")
+    assert health.loaded
+    assert health.pid != os.getpid()
+    pool.collect("busy")
+
+
+def test_a_missing_actor_is_named_on_attach(ray_cluster):
+    with pytest.raises(TeacherUnavailableError, match="'teacher:nobody'"):
+        TeacherPool.attach(["nobody"], window=1, timeout_s=1, max_retries=0)
+
+
+def test_an_answer_that_does_not_come_in_time_is_an_error(pool):
+    pool.submit("slow", "sample-reasoning", "score", _request(1))
+    with pytest.raises(TeacherUnavailableError, match=r"within 0 s"):
+        pool.collect("slow", timeout_s=0)
+    pool.forget()
+
+
+def test_a_check_ends_the_wait(pool):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    attached = TeacherPool.attach(["sample-reasoning"], window=1, timeout_s=60, max_retries=0)
+    attached._check = stop
+    attached.submit("k", "sample-reasoning", "score", _request(1))
+    with pytest.raises(KeyboardInterrupt):
+        attached.collect("k")
+
+
+def test_a_batch_that_times_out_is_asked_again_and_then_given_up(pool):
+    events = []
+    hasty = TeacherPool.attach(
+        ["sample-reasoning"],
+        window=4,
+        timeout_s=0.0,
+        max_retries=1,
+        on_event=lambda kind, teacher, reason: events.append((kind, teacher)),
+    )
+    # No answer can come within 0 s, so each attempt is a timeout.
+    hasty.submit("k", "sample-reasoning", "score", _request(1))
+    deadline = time.monotonic() + 60
+    with pytest.raises(TeacherUnavailableError, match="failed 2 times"):
+        while time.monotonic() < deadline:
+            lane = hasty._lanes["sample-reasoning"]
+            for call in lane.in_flight.values():
+                call.deadline = -1.0
+            hasty.collect("k", timeout_s=30)
+    assert events == [("retry", "sample-reasoning")] * 2
+
+
+@pytest.mark.chaos
+def test_a_killed_teacher_is_restarted_and_its_lost_batches_answered_alike(ray_cluster, pool, engine):
+    before = pool.health("sample-reasoning")
+    for number in range(5):
+        pool.submit(("k", number), "sample-reasoning", "score", _request(number))
+    os.kill(before.pid, signal.SIGKILL)
+    for number in range(5):
+        assert pool.collect(("k", number)) == engine.score(_request(number))
+    after = pool.health("sample-reasoning")
+    assert after.incarnation != before.incarnation
+
+
+@pytest.mark.chaos
+def test_a_teacher_that_cannot_load_says_why_and_does_not_hang(ray_cluster, tmp_path):
+    (tmp_path / "empty").mkdir()
+    spec = TeacherSpec(id="broken", path=str(tmp_path / "empty"), revision=None, role="causal_lm")
+    with pytest.raises(TowerLoadError, match="broken"):
+        TeacherPool.start(
+            [spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60
+        )
