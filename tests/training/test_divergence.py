@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -362,7 +363,7 @@ def test_topk_equals_the_dense_divergence_at_k_v_and_rises_to_it(temperature: fl
         assert values[-1] == pytest.approx(full, rel=1e-12)
         # One id outside the kept ones makes the tail that id.
         assert values[-2] == pytest.approx(full, rel=1e-12)
-        assert all(low <= high + 1e-12 for low, high in zip(values, values[1:], strict=False))
+        assert all(low <= high + 1e-12 for low, high in itertools.pairwise(values))
         assert values[0] > 0.0
 
 

@@ -1,4 +1,4 @@
-"""Gradient surgery against its defining conditions: the dual cone, the KKT conditions, linearity, and PCGrad where they must agree."""
+"""Gradient surgery against its defining conditions: the dual cone, the KKT conditions, linearity, and PCGrad where both agree."""
 
 from __future__ import annotations
 
