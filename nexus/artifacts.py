@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -190,7 +191,8 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(
             f"Expected to write {path}, found: {error.strerror or error}. Free disk space or choose another --out."
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,7 +77,8 @@ class TargetWriter:
             pq.write_table(table, temporary)
             temporary.replace(self._folder / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise ArtifactError(
                 f"Expected to write {self._folder / name}, found: {error}. Free disk space and run the same command again."
             ) from error
