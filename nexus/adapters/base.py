@@ -78,7 +78,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back to an equal configuration."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -144,7 +145,8 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
                 f"Expected one of the declared alignments {declared}, found {(teacher, feature)}. Declare it."
             )
         align = self.alignments[declared.index((teacher, feature))]
-        return align(features.pooled_BW if feature == POOLED else features.tokens_BMW)
+        predicted: Tensor = align(features.pooled_BW if feature == POOLED else features.tokens_BMW)
+        return predicted
 
     def drop_alignments(self) -> None:
         """Remove what only training needs; the context tokens stay as they are."""
@@ -164,7 +166,8 @@ class QueryPool(nn.Module):
 
     def forward(self, tokens_BMW: Tensor, mask_BM: Tensor) -> Tensor:
         queries_BCW = self.queries_CW.expand(tokens_BMW.shape[0], -1, -1)
-        return self.attention(queries_BCW, self.norm(tokens_BMW), mask_BM)
+        read_BCW: Tensor = self.attention(queries_BCW, self.norm(tokens_BMW), mask_BM)
+        return read_BCW
 
 
 class EncoderBlock(nn.Module):
@@ -181,7 +184,8 @@ class EncoderBlock(nn.Module):
     def forward(self, tokens_BMW: Tensor, mask_BM: Tensor) -> Tensor:
         normed_BMW = self.attention_norm(tokens_BMW)
         tokens_BMW = tokens_BMW + self.attention(normed_BMW, normed_BMW, mask_BM)
-        return tokens_BMW + self.mlp(tokens_BMW)
+        out_BMW: Tensor = tokens_BMW + self.mlp(tokens_BMW)
+        return out_BMW
 
 
 class Attention(nn.Module):
@@ -204,10 +208,11 @@ class Attention(nn.Module):
             self._heads(value),
             attn_mask=mask_BM[:, None, None, :],
         )
-        return self.out(attended.transpose(1, 2).flatten(2))
+        out_BQW: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return out_BQW
 
     def _heads(self, flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (self._num_heads, -1)).transpose(1, 2)
+        return flat.view(*flat.shape[:-1], self._num_heads, -1).transpose(1, 2)
 
 
 def masked_mean(tokens_BMW: Tensor, mask_BM: Tensor) -> Tensor:

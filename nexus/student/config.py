@@ -84,7 +84,13 @@ class NexusStudentConfig(PreTrainedConfig):
                 f"Expected port_every below num_hidden_layers ({self.num_hidden_layers}), found {self.port_every}: no port would "
                 "exist and no context could be read. Lower port_every."
             )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def head_size(self) -> int:
+        """d, which `__post_init__` has settled."""
+        assert self.head_dim is not None
+        return self.head_dim
 
     @property
     def port_layers(self) -> tuple[int, ...]:
@@ -98,8 +104,7 @@ def parameter_count(config: NexusStudentConfig) -> int:
     Embedding V*D (twice when untied) + L * (attention + 3*D*F + 2*D) + Q * (attention + 3*D) + D, where
     attention = 2*D*H*d + 2*D*G*d. A port holds two norms and one gate per channel beside its attention.
     """
-    width, head = config.hidden_size, config.head_dim
-    assert head is not None
+    width, head = config.hidden_size, config.head_size
     attention = 2 * width * config.num_attention_heads * head + 2 * width * config.num_key_value_heads * head
     layer = attention + 3 * width * config.intermediate_size + 2 * width
     port = attention + 3 * width

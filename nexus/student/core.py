@@ -29,6 +29,7 @@ IGNORED_LABEL = -100
 class NexusStudentCore(PreTrainedModel, GenerationMixin):
     """Decoder-only trunk with context ports. `generate` takes `context_BCD` and `context_mask_BC` as model arguments."""
 
+    config: NexusStudentConfig
     config_class = NexusStudentConfig
     base_model_prefix = ""
     _no_split_modules = ["DecoderLayer", "CrossAttentionPort"]  # noqa: RUF012
@@ -42,10 +43,10 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         self.ports = nn.ModuleDict({str(index): CrossAttentionPort(config) for index in config.port_layers})
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, CrossAttentionPort):
             init.zeros_(module.gate_D)
 
@@ -91,7 +92,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds, found both or none. Pass one.")
         if labels is not None and logits_to_keep:
             raise ValueError(f"Labels score every position, found logits_to_keep={logits_to_keep}. Pass 0.")
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_BTD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_new = hidden_BTD.shape[1]
 
         # A training step has labels, and would pay for a cache that nobody reads.
@@ -137,7 +138,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
 
         Equal to `hidden_states[config.port_every]` of `forward`, at the cost of those layers only.
         """
-        hidden_BTD = self.embed_tokens(input_ids)
+        hidden_BTD: Tensor = self.embed_tokens(input_ids)
         mask_BS = _token_mask(attention_mask, hidden_BTD, 0)
         rotary = _rotary(_positions(mask_BS, hidden_BTD, 0), self.config, hidden_BTD.dtype)
         attention_bias = _causal_mask(mask_BS, hidden_BTD.shape[1], 0, hidden_BTD.device)
@@ -150,7 +151,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
 
         transformers numbers padding 0 and continues from the last column, which restarts a row that is padded on the right.
         """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
         inputs.pop("position_ids", None)
         return inputs
 
@@ -161,11 +162,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         if context_BCD is None and context_mask_BC is not None:
             raise ValueError("Expected context_BCD beside context_mask_BC, found None. Pass both or neither.")
         if context_BCD is None:
-            held = (
-                {}
-                if cache is None
-                else dict(zip(self.config.port_layers, cache.layers[self.config.num_hidden_layers :]))
-            )
+            held = {} if cache is None else _held_layers(cache, self.config)
             return {index: layer for index, layer in held.items() if layer.source is not None}
         context_BCD, mask_BC = _checked_context(context_BCD, context_mask_BC, hidden_BTD)
         held = {} if cache is None else _context_layers(cache, self.config)
@@ -173,7 +170,9 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         for index in self.config.port_layers:
             layer = held.get(index) or ContextLayer()
             if layer.source is not context_BCD:
-                layer.hold(*self.ports[str(index)].project(context_BCD, mask_BC), mask_BC, source=context_BCD)
+                port = self.ports[str(index)]
+                assert isinstance(port, CrossAttentionPort)
+                layer.hold(port.project(context_BCD, mask_BC), mask_BC, source=context_BCD)
             contexts[index] = layer
         return contexts
 
@@ -192,7 +191,8 @@ class DecoderLayer(nn.Module):
         self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | bool, cache: Cache | None
     ) -> Tensor:
         hidden_BTD = hidden_BTD + self.self_attn(self.input_norm(hidden_BTD), rotary, mask, cache)
-        return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+        out_BTD: Tensor = hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+        return out_BTD
 
 
 class SelfAttention(nn.Module):
@@ -200,7 +200,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: NexusStudentConfig, index: int) -> None:
         super().__init__()
-        self._index, self._head_dim = index, config.head_dim
+        self._index, self._head_dim = index, config.head_size
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = _projections(config)
 
     def forward(
@@ -211,7 +211,8 @@ class SelfAttention(nn.Module):
         value_BGSd = _split_heads(self.v_proj(hidden_BTD), self._head_dim)
         if cache is not None:
             key_BGSd, value_BGSd = cache.update(key_BGSd, value_BGSd, self._index)
-        return self.o_proj(_attend(query_BHTd, key_BGSd, value_BGSd, mask))
+        out_BTD: Tensor = self.o_proj(_attend(query_BHTd, key_BGSd, value_BGSd, mask))
+        return out_BTD
 
 
 class SwiGLU(nn.Module):
@@ -224,7 +225,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        return out_BTD
 
 
 class CrossAttentionPort(nn.Module):
@@ -232,7 +234,7 @@ class CrossAttentionPort(nn.Module):
 
     def __init__(self, config: NexusStudentConfig) -> None:
         super().__init__()
-        self._head_dim = config.head_dim
+        self._head_dim = config.head_size
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # Adapters are trained apart from the trunk, so their scale is not the trunk's.
         self.context_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -247,12 +249,12 @@ class CrossAttentionPort(nn.Module):
         )
 
     def forward(self, hidden_BTD: Tensor, context: ContextLayer) -> Tensor:
-        assert context.mask_BC is not None
+        keys_BGCd, values_BGCd, mask_BC = context.content
         query_BHTd = _split_heads(self.q_proj(self.norm(hidden_BTD)), self._head_dim)
-        some_B11 = context.mask_BC.any(dim=-1)[:, None, None]
+        some_B11 = mask_BC.any(dim=-1)[:, None, None]
         # A softmax over nothing is nan; rows without context attend everywhere and are then zeroed.
-        mask_B11C = (context.mask_BC[:, None, :] | ~some_B11)[:, None]
-        read_BTD = self.o_proj(_attend(query_BHTd, context.keys, context.values, mask_B11C))
+        mask_B11C = (mask_BC[:, None, :] | ~some_B11)[:, None]
+        read_BTD: Tensor = self.o_proj(_attend(query_BHTd, keys_BGCd, values_BGCd, mask_B11C))
         return hidden_BTD + self.gate_D.tanh() * read_BTD.masked_fill(~some_B11, 0.0)
 
 
@@ -264,14 +266,24 @@ class ContextLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mask_BC: Tensor | None = None
         self.source: Tensor | None = None
         """The tensor that the keys and values were projected from; None while nothing is held."""
 
-    def hold(self, keys_BGCd: Tensor, values_BGCd: Tensor, mask_BC: Tensor, *, source: Tensor) -> None:
-        self.lazy_initialization(keys_BGCd, values_BGCd)
-        self.keys, self.values, self.mask_BC, self.source = keys_BGCd, values_BGCd, mask_BC, source
+    def hold(self, keys_and_values_BGCd: tuple[Tensor, Tensor], mask_BC: Tensor, *, source: Tensor) -> None:
+        """Replace what is held."""
+        self.lazy_initialization(*keys_and_values_BGCd)
+        self.keys, self.values = keys_and_values_BGCd
+        self.mask_BC, self.source = mask_BC, source
+
+    @property
+    def content(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, G, C, d] and mask [B, C] of what is held."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.mask_BC is not None
+        return self.keys, self.values, self.mask_BC
 
     def reset(self) -> None:
         super().reset()
@@ -281,24 +293,24 @@ class ContextLayer(DynamicLayer):
         del tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.mask_BC is not None:
-            self._select(torch.arange(self.mask_BC.shape[0], device=self.mask_BC.device).repeat_interleave(repeats))
+            rows = torch.arange(self.mask_BC.shape[0], device=self.mask_BC.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
-    def _select(self, rows: Tensor) -> None:
-        if self.mask_BC is not None:
-            self.keys, self.values, self.mask_BC = self.keys[rows], self.values[rows], self.mask_BC[rows]
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.source is not None:
+            self.keys, self.values, self.mask_BC = (part[indices] for part in self.content)
 
 
 def _projections(config: NexusStudentConfig) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-    assert config.head_dim is not None
     width = config.hidden_size
-    heads, key_value_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    heads, key_value_heads = (
+        config.num_attention_heads * config.head_size,
+        config.num_key_value_heads * config.head_size,
+    )
     return (
         nn.Linear(width, heads, bias=False),
         nn.Linear(width, key_value_heads, bias=False),
@@ -309,19 +321,18 @@ def _projections(config: NexusStudentConfig) -> tuple[nn.Linear, nn.Linear, nn.L
 
 def _split_heads(flat: Tensor, head_dim: int) -> Tensor:
     """[B, T, heads * d] -> [B, heads, T, d]."""
-    return flat.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
 
 
 def _attend(query_BHTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, mask: Tensor | bool) -> Tensor:
     """Attention output [B, T, H * d]. `mask` is bool, broadcastable to [B, H, T, S]; the value True means plain causal."""
     groups = query_BHTd.shape[1] // key_BGSd.shape[1]
-    is_causal = mask is True
     attended_BHTd = F.scaled_dot_product_attention(
         query_BHTd,
         key_BGSd.repeat_interleave(groups, dim=1),
         value_BGSd.repeat_interleave(groups, dim=1),
-        attn_mask=None if is_causal else mask,
-        is_causal=is_causal,
+        attn_mask=mask if isinstance(mask, Tensor) else None,
+        is_causal=mask is True,
     )
     return attended_BHTd.transpose(1, 2).flatten(2)
 
@@ -350,8 +361,7 @@ def _positions(mask_BS: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Ten
 def _rotary(position_ids: Tensor, config: NexusStudentConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B or 1, 1, T, d]. Angles need float32 at least: bfloat16 cannot tell position 257 from 258."""
     precise = torch.promote_types(dtype, torch.float32)
-    assert config.head_dim is not None
-    pair = torch.arange(0, config.head_dim, 2, dtype=precise, device=position_ids.device) / config.head_dim
+    pair = torch.arange(0, config.head_size, 2, dtype=precise, device=position_ids.device) / config.head_size
     angles = position_ids[:, None, :, None].to(precise) * config.rope_theta**-pair
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -424,4 +434,14 @@ def _context_layers(cache: Cache, config: NexusStudentConfig) -> dict[int, Conte
         cache.layers.append(DynamicLayer())
     while len(cache.layers) < config.num_hidden_layers + len(config.port_layers):
         cache.layers.append(ContextLayer())
-    return dict(zip(config.port_layers, cache.layers[config.num_hidden_layers :], strict=True))
+    return _held_layers(cache, config)
+
+
+def _held_layers(cache: Cache, config: NexusStudentConfig) -> dict[int, ContextLayer]:
+    """Per port layer, the cache's layer for its context; empty before the first context."""
+    layers = cache.layers[config.num_hidden_layers :]
+    return {
+        index: layer
+        for index, layer in zip(config.port_layers, layers, strict=False)
+        if isinstance(layer, ContextLayer)
+    }

@@ -218,10 +218,12 @@ class NexusStudent(nn.Module):
                 encoded = adapter.features(self.core.lower_states(input_ids_BT[rows_M], mask_MT), mask_MT)
                 readable_MT = None if prompt_mask_BT is None else prompt_mask_BT[rows_M].bool()
             elif tower == _VISION:
-                assert media.pixel_values is not None and media.pixel_rows is not None
+                assert media.pixel_values is not None
+                assert media.pixel_rows is not None
                 encoded = adapter.features(media.pixel_values[_places(media.pixel_rows, rows_M)])
             else:
-                assert media.input_features is not None and media.audio_rows is not None
+                assert media.input_features is not None
+                assert media.audio_rows is not None
                 places_M = _places(media.audio_rows, rows_M)
                 frame_mask = None if media.frame_mask is None else media.frame_mask[places_M]
                 encoded = adapter.features(media.input_features[places_M], frame_mask)

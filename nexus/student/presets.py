@@ -68,7 +68,8 @@ class StudentSpec:
         config = self.adapters().get(tower)
         if config is None:
             raise ConfigError(f"Expected one of the student's towers {', '.join(self.adapters())}, found {tower!r}.")
-        return dataclasses.replace(self, **{tower: dataclasses.replace(config, alignments=tuple(alignments))})
+        changed: dict[str, Any] = {tower: dataclasses.replace(config, alignments=tuple(alignments))}
+        return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
@@ -96,7 +97,7 @@ class StudentSpec:
                 f"Expected keys of the trunk's configuration under core, found {strange[0]!r}. Remove it."
             )
         core = NexusStudentConfig.from_dict(dict(values["core"]))
-        adapters = {
+        adapters: dict[str, Any] = {
             tower: config.from_dict({"context_width": core.hidden_size, **values[tower]}) if tower in values else None
             for tower, config in _ADAPTER_CONFIGS.items()
         }

@@ -71,7 +71,8 @@ class SparseIntentRouterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back to an equal configuration."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseIntentRouterConfig:
@@ -119,6 +120,7 @@ class SparseIntentRouter(nn.Module):
 
     scale_N: Tensor
     offset_N: Tensor
+    _forced_N: Tensor
 
     def __init__(self, config: SparseIntentRouterConfig) -> None:
         super().__init__()
@@ -139,7 +141,8 @@ class SparseIntentRouter(nn.Module):
 
     def forward(self, embedding_BE: Tensor) -> Tensor:
         """Uncalibrated logits [B, N]; what `router_loss` trains."""
-        return self.mlp(embedding_BE)
+        logits_BN: Tensor = self.mlp(embedding_BE)
+        return logits_BN
 
     @torch.no_grad()
     def route(self, embedding_BE: Tensor, texts: Sequence[str], available_BN: Tensor) -> RouterDecision:
