@@ -1,0 +1,241 @@
+"""The losses of one step: each term changes the gradients of what it trains, and nothing else slips in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest_training import (
+    CAPABILITIES,
+    facts,
+    image_rows,
+    label_targets,
+    text_rows,
+    token_targets,
+)
+from nexus.data.collate import collate
+from nexus.errors import ConfigError, TowerLoadError
+from nexus.student.memory import NexusStudent
+from nexus.training.batches import Assignment
+from nexus.training.facts import TeacherFactsFile
+from nexus.training.objective import DistillationObjective, align_with_teachers, label_token_ids
+
+TOWERS = {"same": ("reasoning",), "other": (), "labels": ("vision",), "same2": ()}
+
+
+def _objective(spec, tokenizer, teachers, *, towers=None, seed=0, **changes) -> DistillationObjective:
+    torch.manual_seed(seed)
+    spec = align_with_teachers(spec, teachers, towers or {teacher.id: TOWERS[teacher.id] for teacher in teachers})
+    student = NexusStudent(spec)
+    # An untrained port is closed; opened, gradients can be seen to reach what stands behind it.
+    for port in student.core.ports.values():
+        torch.nn.init.constant_(port.gate_D, 0.5)
+    settings = {"temperature": 2.0, "top_k": 8, "response_weight": 1.0, "max_length": 64}
+    return DistillationObjective(
+        student, tokenizer, teachers=teachers, capabilities=CAPABILITIES, **{**settings, **changes}
+    )
+
+
+def _gradient_names(objective, loss) -> set[str]:
+    objective.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=True)
+    return {name for name, p in objective.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+
+
+def test_token_distillation_trains_trunk_and_reasoning_tower(spec, tokenizer):
+    teacher = facts("same")
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = text_rows()
+    loss = objective.teacher_loss(Assignment("same", "math"), rows, token_targets(teacher, rows, tokenizer))
+    trained = _gradient_names(objective, loss.kd)
+    assert "student.core.layers.1.mlp.down.weight" in trained or any("layers.1" in name for name in trained)
+    assert any(name.startswith("student.adapters.reasoning") for name in trained)
+    assert not any("alignments" in name for name in trained)
+    assert not any(name.startswith(("student.adapters.vision", "student.adapters.audio")) for name in trained)
+
+
+def test_the_anchor_trains_the_alignment_and_what_feeds_it(spec, tokenizer):
+    teacher = facts("same")
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = text_rows()
+    loss = objective.teacher_loss(Assignment("same", "math"), rows, token_targets(teacher, rows, tokenizer))
+    trained = _gradient_names(objective, loss.anchor)
+    assert {name for name in trained if "alignments" in name} == {
+        f"student.adapters.reasoning.alignments.{index}.{part}" for index in (0, 1) for part in ("weight", "bias")
+    }
+    assert "student.core.embed_tokens.weight" in trained
+
+
+def test_token_distillation_equals_the_dense_reference_at_full_vocabulary(spec, tokenizer):
+    teacher = facts("same", critical_layers=())
+    objective = _objective(spec, tokenizer, [teacher], temperature=2.0)
+    rows = text_rows()
+    targets = token_targets(teacher, rows, tokenizer, top_k=len(tokenizer))
+    loss = objective.teacher_loss(Assignment("same", "math"), rows, targets)
+
+    batch = collate(rows, tokenizer, max_length=64, padding_side="right")
+    with torch.no_grad():
+        output = objective.student(
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
+            tower_mask_BN=torch.tensor([[True, False, False]] * len(rows)),
+        )
+    logits = output.trunk.logits[:, :-1][batch.loss_mask_BT[:, 1:]].double()
+    q = (logits / 2.0).softmax(-1).numpy()
+    p = np.zeros_like(q)
+    np.put_along_axis(p, targets.tokens.ids_NK.astype(int), np.exp(targets.tokens.logprobs_NK.astype(np.float64)), axis=1)
+    a = 0.1
+
+    def kl(x, y):
+        return (x * (np.log(x) - np.log(y))).sum(axis=1).mean()
+
+    reference = 4.0 * (0.5 * kl(p, a * p + (1 - a) * q) + 0.5 * kl(q, (1 - a) * p + a * q))
+    assert float(loss.kd.detach()) == pytest.approx(reference, rel=1e-4)
+    assert float(loss.anchor) == 0.0
+
+
+def test_another_tokenizer_is_taught_by_the_text_of_its_answers(spec, tokenizer):
+    teacher = facts("other")
+    objective = _objective(spec, tokenizer, [teacher], response_weight=0.5)
+    rows = text_rows(capability="prose")
+    loss = objective.teacher_loss(Assignment("other", "prose"), rows, token_targets(teacher, rows, tokenizer))
+    batch = collate(rows, tokenizer, max_length=64, padding_side="right")
+    logits = objective.student.core(batch.input_ids_BT, batch.attention_mask_BT).logits
+    mask = batch.loss_mask_BT[:, 1:]
+    reference = F.cross_entropy(logits[:, :-1][mask], batch.input_ids_BT[:, 1:][mask])
+    assert float(loss.kd.detach()) == pytest.approx(0.5 * float(reference.detach()), rel=1e-5)
+    assert {name for name in _gradient_names(objective, loss.anchor) if name.startswith("trunk_alignments")} == {
+        f"trunk_alignments.other:{layer}.{part}" for layer in (0, 3) for part in ("weight", "bias")
+    }
+
+
+def test_a_teacher_of_another_tokenizer_without_critical_layers_is_not_asked(spec, tokenizer):
+    objective = _objective(spec, tokenizer, [facts("other", critical_layers=())])
+    rows = text_rows(capability="prose")
+    assignment = Assignment("other", "prose")
+    assert objective.request(assignment, rows) is None
+    assert float(objective.teacher_loss(assignment, rows, None).kd.detach()) > 0
+
+
+def test_a_language_teacher_without_a_tower_is_anchored_to_the_trunk_token_by_token(spec, tokenizer):
+    teacher = facts("same")
+    objective = _objective(spec, tokenizer, [teacher], towers={"same": ()})
+    rows = text_rows(capability="prose")
+    loss = objective.teacher_loss(Assignment("same", "prose"), rows, token_targets(teacher, rows, tokenizer))
+    trained = _gradient_names(objective, loss.anchor)
+    assert any(name.startswith("trunk_alignments.same:0") for name in trained)
+    assert not any("adapters" in name for name in trained)
+
+
+@pytest.mark.parametrize("positions", [4, 9])
+def test_a_classifier_teaches_text_and_its_patches_teach_the_tower(spec, tokenizer, positions):
+    teacher = facts("labels")
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = image_rows()
+    loss = objective.teacher_loss(Assignment("labels", "sight"), rows, label_targets(teacher, rows, positions=positions))
+    assert any(name.startswith("student.core.layers") for name in _gradient_names(objective, loss.kd))
+    anchored = _gradient_names(objective, loss.anchor)
+    assert any(name.startswith("student.adapters.vision.alignments") for name in anchored)
+    assert not any(name.startswith("student.core") for name in anchored)
+
+
+def test_the_classifier_s_divergence_is_that_of_its_labels(spec, tokenizer):
+    """Over whole answers, the summed token divergence along every label path is the divergence of the label distributions."""
+    teacher = facts("labels", label_texts=("3", "7"), critical_layers=())
+    objective = _objective(spec, tokenizer, [teacher], temperature=1.0)
+    rows = image_rows(1)
+    targets = label_targets(teacher, rows)
+    loss = objective.teacher_loss(Assignment("labels", "sight"), rows, targets)
+    chosen = teacher.label_texts[int(targets.label_logprobs_BC[0].argmax())]
+    batch = collate(rows, tokenizer, max_length=64, padding_side="right", completions=[chosen])
+    passed = objective._forward(rows, [chosen])
+    logq = passed.scored_logits_NV.log_softmax(-1)
+    paths = label_token_ids(teacher.label_texts, tokenizer)
+    p = np.exp(targets.label_logprobs_BC[0].astype(np.float64))
+    first = sum(p[c] * (np.log(p[c]) - float(logq[0, paths[c][0]].detach())) for c in (0, 1))
+    # After the first digit the teacher is certain: the label ends.
+    rest = -float(logq[1, paths[0][-1]].detach())
+    assert batch.loss_mask_BT.sum() == 2
+    assert float(loss.kd.detach()) == pytest.approx((first + rest) / 2, rel=1e-4)
+
+
+def test_gold_rows_of_several_capabilities_share_one_pass_and_equal_their_own(spec, tokenizer):
+    objective = _objective(spec, tokenizer, [])
+    groups = {"math": text_rows(2), "prose": text_rows(3, "prose"), "sight": image_rows(2)}
+    together = objective.gold_loss(groups)
+    apart = torch.stack([objective.gold_loss({name: rows}) for name, rows in groups.items()]).mean()
+    assert float(together.detach()) == pytest.approx(float(apart.detach()), rel=1e-5)
+    trained = _gradient_names(objective, together)
+    assert any("adapters.vision" in name for name in trained)
+    assert any("adapters.reasoning" in name for name in trained)
+    assert not any("adapters.audio" in name for name in trained)
+
+
+def test_the_answer_never_reaches_the_reasoning_context(spec, tokenizer):
+    """Changing later answer tokens changes no earlier prediction."""
+    objective = _objective(spec, tokenizer, [facts("same")])
+    row = text_rows(1)[0]
+    one, two = (objective._forward([row], [completion]) for completion in ("1+1=2", "1+1=9"))
+    same = (one.scored_ids_N == two.scored_ids_N).long().cumprod(0).sum()
+    torch.testing.assert_close(one.scored_logits_NV[: same + 1], two.scored_logits_NV[: same + 1])
+
+
+def test_requests_carry_what_each_kind_of_teacher_needs(spec, tokenizer):
+    objective = _objective(spec, tokenizer, [facts("same"), facts("labels")])
+    text = objective.request(Assignment("same", "math"), text_rows())
+    assert text.completions == tuple(row.completion for row in text_rows())
+    assert (text.media, text.temperature, text.top_k, text.layers) == (None, 2.0, 8, (0, 3))
+    image = objective.request(Assignment("labels", "sight"), image_rows())
+    assert image.completions is None
+    assert image.media == tuple(row.media.data for row in image_rows())
+    assert objective.request(Assignment("same", "math"), ()) is None
+
+
+def test_targets_of_a_changed_teacher_or_another_tokenizer_are_refused(spec, tokenizer):
+    teacher = facts("same")
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = text_rows()
+    targets = token_targets(teacher, rows, tokenizer)
+    with pytest.raises(TowerLoadError, match="changed during the run"):
+        objective.teacher_loss(Assignment("same", "math"), rows, replace(targets, fingerprint="new"))
+    other = replace(targets.tokens, token_ids_N=targets.tokens.token_ids_N + 1)
+    with pytest.raises(TowerLoadError, match="the tokenizers differ"):
+        objective.teacher_loss(Assignment("same", "math"), rows, replace(targets, tokens=other))
+
+
+def test_a_row_without_a_completion_names_the_remedy(spec, tokenizer):
+    objective = _objective(spec, tokenizer, [facts("same")])
+    row = replace(text_rows(1)[0], completion=None)
+    with pytest.raises(TowerLoadError, match="Extract the teacher's answers first"):
+        objective.request(Assignment("same", "math"), [row])
+
+
+@pytest.mark.parametrize(
+    ("changes", "towers", "words"),
+    [({}, (), "vision or audio under"), ({"label_texts": None}, ("vision",), "a classification head")],
+)
+def test_an_encoder_that_cannot_teach_text_is_refused(spec, changes, towers, words):
+    with pytest.raises(ConfigError, match=words):
+        align_with_teachers(spec, [facts("labels", **changes)], {"labels": towers})
+
+
+def test_changing_the_profile_s_critical_layers_changes_the_loss(spec, tokenizer):
+    rows = text_rows()
+    losses = []
+    for layers in (((0, 1.0),), ((3, 1.0),), ((0, 0.5), (3, 0.5))):
+        teacher = facts("same", critical_layers=layers)
+        objective = _objective(spec, tokenizer, [teacher], seed=1)
+        targets = token_targets(facts("same"), rows, tokenizer)
+        losses.append(float(objective.teacher_loss(Assignment("same", "math"), rows, targets).anchor.detach()))
+    assert len(set(losses)) == 3
+
+
+def test_facts_survive_their_file():
+    teachers = (facts("same"), facts("labels", vocabulary_size=7))
+    document = TeacherFactsFile.from_facts(teachers).model_dump_json()
+    assert TeacherFactsFile.model_validate_json(document).to_facts() == teachers
