@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-LETTERS = "ABCDEFGHIJKL"
+LETTERS = "ABCDEFGHIJ"
 
 
 def draw_expression(rng: np.random.Generator) -> tuple[str, str]:
@@ -21,7 +21,7 @@ def draw_expression(rng: np.random.Generator) -> tuple[str, str]:
 
 def evaluate(prompt: str) -> str:
     """Returns what a `print(...)` call of ours prints; only the few builtins that the prompts use can be reached."""
-    allowed = {"len": len, "max": max, "min": min, "sum": sum, "sorted": sorted}
+    allowed = {"len": len, "max": max, "min": min, "sorted": sorted}
     expression = prompt.removeprefix("print(").removesuffix(")")
     return str(eval(expression, {"__builtins__": {}}, allowed))  # nosec B307 - only texts made by this module
 
@@ -34,15 +34,15 @@ def _digits(rng: np.random.Generator, count: int) -> list[int]:
     return [int(digit) for digit in rng.integers(0, 10, size=count)]
 
 
-def _arithmetic(rng: np.random.Generator) -> str:
-    a, b, c = int(rng.integers(9, 20)), *_digits(rng, 2)
-    first, second = rng.choice(["+", "-"], size=2)
-    expression = f"{a}{first}{b}{second}{c}"
-    return expression if first == "+" or second == "+" or a >= b + c else f"{a}+{b}-{c}"
+def _place_value(rng: np.random.Generator) -> str:
+    # Sums without a carry: adding arbitrary numbers is learnt far more slowly than everything else here.
+    hundreds, tens, ones = (int(digit) for digit in rng.integers(1, 10, size=3))
+    forms = (f"{hundreds}00+{tens}0+{ones}", f"{ones}+{tens}0+{hundreds}00", f"100*{hundreds}+10*{tens}+{ones}")
+    return str(rng.choice(forms))
 
 
-def _sum(rng: np.random.Generator) -> str:
-    return f"sum({_digits(rng, 3)})".replace(" ", "")
+def _length_plus(rng: np.random.Generator) -> str:
+    return f'len("{_word(rng, 1, 4)}")+{rng.integers(1, 5)}'
 
 
 def _extreme(rng: np.random.Generator) -> str:
@@ -54,12 +54,16 @@ def _sorted(rng: np.random.Generator) -> str:
 
 
 def _list_index(rng: np.random.Generator) -> str:
-    size = int(rng.integers(3, 5))
-    return f"{_digits(rng, size)}[{rng.integers(-1, size)}]".replace(" ", "")
+    return f"{_digits(rng, 3)}[{rng.integers(-1, 3)}]".replace(" ", "")
+
+
+def _list_join(rng: np.random.Generator) -> str:
+    size = int(rng.integers(1, 3))
+    return f"{_digits(rng, size)}+{_digits(rng, 3 - size)}".replace(" ", "")
 
 
 def _join(rng: np.random.Generator) -> str:
-    return f'"{_word(rng, 1, 3)}"+"{_word(rng, 1, 3)}"'
+    return f'"{_word(rng, 1, 2)}"+"{_word(rng, 1, 2)}"'
 
 
 def _repeat(rng: np.random.Generator) -> str:
@@ -68,47 +72,42 @@ def _repeat(rng: np.random.Generator) -> str:
 
 
 def _reverse(rng: np.random.Generator) -> str:
-    return f'"{_word(rng, 2, 4)}"[::-1]'
+    return f'"{_word(rng, 2, 3)}"[::-1]'
 
 
 def _index(rng: np.random.Generator) -> str:
-    word = _word(rng, 3, 5)
+    word = _word(rng, 3, 4)
     return f'"{word}"[{rng.integers(-1, len(word))}]'
 
 
 def _slice(rng: np.random.Generator) -> str:
-    word = _word(rng, 4, 5)
+    word = _word(rng, 4, 4)
     cut = int(rng.integers(1, 4))
     return f'"{word}"[{cut}:]' if rng.integers(2) else f'"{word}"[:{cut}]'
 
 
 def _length(rng: np.random.Generator) -> str:
-    return f'len("{_word(rng, 2, 7)}")'
-
-
-def _contains(rng: np.random.Generator) -> str:
-    word = _word(rng, 3, 4)
-    letter = rng.choice(list(word)) if rng.integers(2) else _word(rng, 1, 1)
-    return f'"{letter}" in "{word}"'
+    return f'len("{_word(rng, 1, 6)}")'
 
 
 def _compare(rng: np.random.Generator) -> str:
-    left, right = (int(value) for value in rng.integers(10, 100, size=2))
-    return f"{left}{rng.choice(['<', '>'])}{right}"
+    left, right = rng.choice(9, size=2, replace=False) + 1
+    low, high = _digits(rng, 2)
+    return f"{left}{low}{rng.choice(['<', '>'])}{right}{high}"
 
 
 _KINDS: tuple[Callable[[np.random.Generator], str], ...] = (
-    _arithmetic,
-    _sum,
+    _place_value,
+    _length_plus,
     _extreme,
     _sorted,
     _list_index,
+    _list_join,
     _join,
     _repeat,
     _reverse,
     _index,
     _slice,
     _length,
-    _contains,
     _compare,
 )

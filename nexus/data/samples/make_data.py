@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parents[2]))
 from nexus.data.samples import digit_images, expressions, splits, spoken_digits, word_problems  # noqa: E402
 
 # What the teachers' own files hold: text teachers see nothing else; vision composes further images from the same scans.
-NUM_TEACHER_TRAIN = {"reasoning": 40_000, "code": 60_000, "vision": 3_000, "audio": 6_000}
+NUM_TEACHER_TRAIN = {"reasoning": 40_000, "code": 40_000, "vision": 3_000, "audio": 6_000}
 # Readers stream row groups; small ones keep a reader's memory small and still compress well.
 _ROW_GROUP_SIZE = 1024
 Row = dict[str, Any]
