@@ -1,9 +1,7 @@
 """Finding a bad batch before it reaches the optimizer, and returning to a good state when one got through.
 
 Detectors watch x_L = log(loss) and x_G = log(gradient norm before clipping). Over a window of accepted values,
-z = (x - median) / max(1.4826 MAD, floor); z > 6 on either side of the pair flags the step, and only upwards. The median and the
-median absolute deviation are not moved by a few outliers, and a flagged value never enters the window, so one nan or one burst does
-not blind the detector, as it does a mean and a standard deviation (OLMo-core's SkipStepOptimizer, ZClip arXiv 2504.02507).
+z = (x - median) / max(1.4826 MAD, floor); z > 6 for either of them flags the step (see `spikes`).
 
 Tiers:
 
@@ -27,20 +25,20 @@ batch's forward pass, so that the run continues bit for bit as one that never sa
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nexus.errors import TrainingDivergedError
+from nexus.training.recovery_config import RecoveryConfig
+from nexus.training.sample_quarantine import BatchKey, SampleQuarantine
 from nexus.training.snapshot import (
     RandomState,
     Stateful,
@@ -57,20 +55,16 @@ from nexus.training.snapshot import (
     return_tree,
     trained_parameters,
 )
+from nexus.training.spikes import SpikeDetector, Watch
 
-__all__ = ["Incident", "RecoveryConfig", "RecoveryStep", "SampleQuarantine", "SpikeDetector", "Stateful"]
+__all__ = ["Incident", "RecoveryConfig", "RecoveryStep", "SampleQuarantine", "Stateful"]
 
 Action = Literal["step", "skip", "rollback"]
-
-BatchKey: TypeAlias = tuple[str, ...]
-"""A batch by the ids of its samples, because a step index means another batch after a rollback."""
+IncidentKind = Literal["nonfinite", "spike", "replay", "rollback", "rebaseline", "refused_snapshot", "diverged"]
 
 LOSS_MINIMUM = 1e-8
 GRAD_NORM_MINIMUM = 1e-12
 """Below these a logarithm measures rounding."""
-
-MAD_TO_SIGMA = 1.4826
-"""Standard deviation of a normal variable whose median absolute deviation is 1."""
 
 MODEST_JUMP = 1.0
 """Log ratio (a factor of 2.7) up to which 16 flags in a row look like a new regime; beyond it, like a burst, and twice as many are
@@ -82,111 +76,18 @@ strays by a quarter of one by chance, and where losses differ widely between bat
 
 
 @dataclass(frozen=True)
-class RecoveryConfig:
-    """Bounds of the recovery rules; the defaults were measured on synthetic noise (false alarms below 1 in 1000 steps).
-
-    Raises ValueError, naming the field, for a value out of range.
-    """
-
-    window: int = 64
-    """Accepted values that a detector looks back on."""
-
-    warmup: int = 32
-    """Accepted values before a detector flags anything."""
-
-    threshold: float = 6.0
-    """z above which a step is flagged."""
-
-    loss_floor: float = 0.03
-    """Least deviation of the log loss: with `threshold` 6 a flag needs a loss 20 % above the median."""
-
-    grad_floor: float = 0.18
-    """Least deviation of the log gradient norm: with `threshold` 6 a flag needs 2.9 times the median."""
-
-    flags_to_rollback: int = 3
-    """Flags within `flag_horizon` steps that make a rollback of what would be a skip."""
-
-    flag_horizon: int = 5
-    """Steps over which flags are counted."""
-
-    ema_decay: float = 0.9
-    """Of the moving average of the loss, whose slow rise is the third reason for a rollback."""
-
-    ema_ratio: float = 1.15
-    """Rise of that average over its value at the snapshot."""
-
-    ema_steps: int = 20
-    """Steps in a row for which it must stay above."""
-
-    certify_steps: int = 20
-    """Clean steps after a snapshot before it is trusted."""
-
-    suspect_margin: int = 5
-    """Steps by which a snapshot must be older than the first suspect."""
-
-    ring_size: int = 3
-    """Snapshots held in memory."""
-
-    rebaseline_after: int = 16
-    """Flags in a row, without a rollback, after which the detectors start anew; twice as many after a jump beyond `MODEST_JUMP`."""
-
-    max_rollbacks: int = 3
-    """Rollbacks within `budget_steps`; one more ends the run."""
-
-    budget_steps: int = 1000
-    """Steps over which rollbacks are counted."""
-
-    max_skip_window: int = 512
-    """Most batches that an escalated rollback skips: the upper end of PaLM's 200 to 500."""
-
-    lr_factor: float = 0.5
-    """Learning rate after the third rollback of an incident, as a share of the schedule's."""
-
-    rewarm_steps: int = 100
-    """Steps over which that share returns to 1."""
-
-    max_nonfinite: int = 64
-    """Losses or gradients in a row that are not finite, without a rollback, before the run is ended: nothing is being learnt."""
-
-    def __post_init__(self) -> None:
-        at_least_one = (
-            "window",
-            "warmup",
-            "flags_to_rollback",
-            "flag_horizon",
-            "ema_steps",
-            "certify_steps",
-            "rebaseline_after",
-            "budget_steps",
-            "max_skip_window",
-            "rewarm_steps",
-            "max_nonfinite",
-        )
-        _require(self, at_least_one, lambda value: value >= 1, "at least 1")
-        _require(self, ("suspect_margin", "max_rollbacks"), lambda value: value >= 0, "at least 0")
-        # With one slot the next snapshot would overwrite the only certified one.
-        _require(self, ("ring_size",), lambda value: value >= 2, "at least 2")
-        _require(self, ("threshold", "loss_floor", "grad_floor"), lambda value: value > 0.0, "above 0")
-        _require(self, ("ema_decay", "lr_factor"), lambda value: 0.0 < value < 1.0, "between 0 and 1")
-        _require(self, ("ema_ratio",), lambda value: value > 1.0, "above 1")
-        _require(self, ("warmup",), lambda value: value <= self.window, f"at most window ({self.window})")
-        horizon = self.flag_horizon
-        _require(self, ("flags_to_rollback",), lambda value: value <= horizon, f"at most flag_horizon ({horizon})")
-
-
-@dataclass(frozen=True)
 class Incident:
     """One entry of the incident log: a decision that was not "step"."""
 
-    kind: Literal["nonfinite", "spike", "replay", "rollback", "rebaseline", "refused_snapshot", "diverged"]
-    """"replay" is a batch that was skipped because an earlier incident named it."""
-
-    check: int
-    """Number of `check` calls made before the decision; never goes back."""
+    kind: IncidentKind
+    """"replay" is a batch that was left out because an earlier rollback said so."""
 
     action: Literal["skip", "rollback", "none", "stop"]
 
     reason: str
+
+    check: int
+    """Number of `check` calls made before the decision; never goes back."""
 
     sample_ids: BatchKey = ()
 
@@ -195,7 +96,7 @@ class Incident:
     grad_norm: float | None = None
 
     loss_z: float | None = None
-    """z of the log loss; None while the detector warms up."""
+    """z of the log loss; None while the detector warms up, and where no detector was asked."""
 
     grad_norm_z: float | None = None
 
@@ -203,171 +104,18 @@ class Incident:
     """The step of the snapshot that a rollback returned to."""
 
     rung: int | None = None
-    """How often this incident has been rolled back."""
+    """How often the incident has been rolled back."""
 
 
-class SpikeDetector:
-    """Robust z-scores of one series over a window of accepted values.
+@dataclass(frozen=True)
+class _Observation:
+    """What `check` was told, and what the detectors make of it."""
 
-    Args:
-        window: accepted values to look back on.
-        warmup: accepted values before anything is scored.
-        floor: least deviation, in the unit of the series.
-    """
-
-    def __init__(self, *, window: int, warmup: int, floor: float) -> None:
-        self.warmup = warmup
-        self.floor = floor
-        self._values: deque[float] = deque(maxlen=window)
-
-    def score(self, value: float) -> float | None:
-        """z of `value`; None during the warm-up."""
-        if len(self._values) < self.warmup:
-            return None
-        return self.excess(value) / max(self.deviation() or 0.0, self.floor)
-
-    def excess(self, value: float) -> float:
-        """How far `value` lies above the median of the window."""
-        return value - float(np.median(np.array(self._values)))
-
-    def deviation(self) -> float | None:
-        """1.4826 MAD of the window, without the floor; None during the warm-up."""
-        if len(self._values) < self.warmup:
-            return None
-        values = np.array(self._values)
-        return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
-
-    def accept(self, value: float) -> None:
-        """Add a value that belongs to the series."""
-        self._values.append(value)
-
-    def clear(self) -> None:
-        """Forget everything: the warm-up begins again."""
-        self._values.clear()
-
-    def state_dict(self) -> list[float]:
-        return list(self._values)
-
-    def load_state_dict(self, state: Sequence[float]) -> None:
-        self.clear()
-        self._values.extend(state)
-
-
-class SampleQuarantine:
-    """Samples that were in a flagged batch, by id.
-
-    A sample is a *suspect* until the end of its epoch, because its neighbours, or the state of the model, may be to blame. It is
-    *confirmed* by a second, independent hit: in another epoch or among other neighbours. Rollbacks do not undo anything here.
-
-    Args:
-        path: JSON lines, one per decision, appended to; what an earlier run wrote is read first. None keeps it in memory.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.epoch = 0
-        self._hits: dict[str, set[tuple[int, BatchKey]]] = {}
-        self._suspects: set[str] = set()
-        if path is not None and path.exists():
-            text = path.read_text(encoding="utf-8")
-            complete = text[: text.rfind("\n") + 1]
-            if complete != text:  # the process was killed while it wrote its last line
-                path.write_text(complete, encoding="utf-8")
-            for line in complete.splitlines():
-                entry = json.loads(line)
-                if entry["event"] == "epoch":
-                    self._release(entry["epoch"])
-                else:
-                    self._add(tuple(entry["sample_ids"]), entry["epoch"])
-
-    @property
-    def suspects(self) -> frozenset[str]:
-        """Samples to leave out until the epoch ends."""
-        return frozenset(self._suspects)
-
-    @property
-    def confirmed(self) -> frozenset[str]:
-        """Samples to leave out for good."""
-        return frozenset(sample_id for sample_id, hits in self._hits.items() if len(hits) > 1)
-
-    def __contains__(self, sample_id: Hashable) -> bool:
-        """True for a sample that should not be drawn now."""
-        return str(sample_id) in self._suspects or len(self._hits.get(str(sample_id), ())) > 1
-
-    def add(self, sample_ids: Iterable[Hashable]) -> None:
-        """Record one flagged batch."""
-        key = tuple(str(sample_id) for sample_id in sample_ids)
-        if key:
-            self._add(key, self.epoch)
-            self._append({"event": "suspect", "epoch": self.epoch, "sample_ids": list(key)})
-
-    def start_epoch(self, epoch: int) -> None:
-        """Release the suspects: they are drawn again in epoch number `epoch`, and a second hit there confirms them."""
-        self._release(epoch)
-        self._append({"event": "epoch", "epoch": epoch})
-
-    def _add(self, key: BatchKey, epoch: int) -> None:
-        for sample_id in key:
-            self._hits.setdefault(sample_id, set()).add((epoch, key))
-        self._suspects.update(key)
-
-    def _release(self, epoch: int) -> None:
-        self.epoch = epoch
-        self._suspects.clear()
-
-    def _append(self, entry: Mapping[str, object]) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-@dataclass
-class _Watch:
-    """The detector's side of a training state: what a rollback returns and a run that never saw the batch would hold."""
-
-    losses: SpikeDetector
-    grad_norms: SpikeDetector
-    recent: deque[tuple[bool, int, BatchKey]]
-    """(flagged, position, batch) of the last steps."""
-    position: int = 0
-    """Accepted steps on this trajectory."""
-    ema: float = 0.0
-    ema_count: int = 0
-    excess: int = 0
-    """Steps in a row for which the moving average was too high."""
-    generation: int = 0
-    """Counts re-baselinings; losses of different generations are not compared."""
-    jumps: list[float] = field(default_factory=list)
-    """Of the flags in a row so far: by how much, in log, the higher of the two series exceeded its median."""
-    nonfinite_streak: int = 0
-
-    @property
-    def average(self) -> float | None:
-        """Bias-corrected moving average of the loss."""
-        return self.ema if self.ema_count else None
-
-    def state_dict(self) -> dict[str, Any]:
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _WATCH_PARTS}
-        return {
-            **plain,
-            "jumps": list(self.jumps),
-            "losses": self.losses.state_dict(),
-            "grad_norms": self.grad_norms.state_dict(),
-            "recent": [[flagged, position, list(key)] for flagged, position, key in self.recent],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.losses.load_state_dict(state["losses"])
-        self.grad_norms.load_state_dict(state["grad_norms"])
-        self.recent.clear()
-        self.recent.extend((flagged, position, tuple(key)) for flagged, position, key in state["recent"])
-        self.jumps = list(state["jumps"])
-        for name in set(state) - _WATCH_PARTS:
-            setattr(self, name, state[name])
-
-
-_WATCH_PARTS = {"losses", "grad_norms", "recent", "jumps"}
+    loss: float
+    grad_norm: float
+    key: BatchKey
+    loss_z: float | None = None
+    grad_norm_z: float | None = None
 
 
 @dataclass(eq=False)
@@ -375,13 +123,14 @@ class _Snapshot:
     """A slot of the ring."""
 
     state: TrainingState
-    step: int = 0
-    position: int = 0
-    generation: int = 0
-    average: float | None = None
-    deviation: float | None = None
+    step: int
+    position: int
+    generation: int
+    average: float
+    deviation: float | None
+    """Of the log loss from step to step; None if the detector was still warming up."""
+    watch: dict[str, Any]
     clean_steps: int = 0
-    watch: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -461,7 +210,7 @@ class RecoveryStep:
             self._parts["scheduler"] = scheduler
         if data is not None:
             self._parts["data"] = data
-        self._watch = _Watch(
+        self._watch = Watch(
             SpikeDetector(window=config.window, warmup=config.warmup, floor=config.loss_floor),
             SpikeDetector(window=config.window, warmup=config.warmup, floor=config.grad_floor),
             deque(maxlen=config.flag_horizon),
@@ -483,9 +232,9 @@ class RecoveryStep:
         self._scheduled_rates: list[Any] = []
         self._awaiting_forward = True
         self._before = self._capture_before(None)
-        model.register_forward_pre_hook(_ForwardWatch(self))
-        optimizer.register_step_pre_hook(_StepWatch(self, RecoveryStep._lower_rates))
-        optimizer.register_step_post_hook(_StepWatch(self, RecoveryStep._return_rates))
+        model.register_forward_pre_hook(_Hook(self, RecoveryStep._forward_begins))
+        optimizer.register_step_pre_hook(_Hook(self, RecoveryStep._lower_rates))
+        optimizer.register_step_post_hook(_Hook(self, RecoveryStep._return_rates))
 
     @property
     def snapshot_steps(self) -> tuple[int, ...]:
@@ -522,10 +271,10 @@ class RecoveryStep:
         Raises:
             TrainingDivergedError: nothing finite is left to return to, or nothing finite has come for `max_nonfinite` checks.
         """
-        loss, grad_norm, key = _number(loss), _number(grad_norm), _batch_key(sample_ids)
+        observed = _Observation(_number(loss), _number(grad_norm), _batch_key(sample_ids))
         self._checks += 1
         self._suspicion = None
-        action = self._judge(loss, grad_norm, key)
+        action = self._judge(observed)
         if action != "step":
             self._undo_forward()
         self._before = self._capture_before(self._before)
@@ -538,7 +287,7 @@ class RecoveryStep:
         A state that is not finite is refused (and logged); the next `check` rolls back.
         """
         if not self._parameters_finite() or not all_finite(optimizer_tensors(self._optimizer)):
-            self._log(kind="refused_snapshot", action="none", reason="parameters or moments are not finite")
+            self._log("refused_snapshot", "none", "parameters or moments are not finite")
             return
         if len(self._ring) == self.config.ring_size:
             self._evict()
@@ -579,7 +328,7 @@ class RecoveryStep:
         if len(recent) >= self.config.max_rollbacks:
             self._return_to(chosen)
             reason = f"{len(recent)} rollbacks in {self.config.budget_steps} steps"
-            self._log(kind="diverged", action="stop", reason=reason, returned_to=chosen.step, rung=rung)
+            self._log("diverged", "stop", reason, returned_to=chosen.step, rung=rung)
             raise TrainingDivergedError(
                 f"Expected at most {self.config.max_rollbacks} rollbacks in {self.config.budget_steps} steps, found one more. "
                 f"The state of step {chosen.step} has been kept; lower the learning rate or look at the quarantined samples."
@@ -588,7 +337,7 @@ class RecoveryStep:
         self._plan_replay(suspicion, chosen, rung)
         self._return_to(chosen)
         reason = "asked for by the trainer" if suspicion is None else suspicion.reason
-        self._log(kind="rollback", action="rollback", reason=reason, returned_to=chosen.step, rung=self._rung)
+        self._log("rollback", "rollback", reason, returned_to=chosen.step, rung=self._rung)
         return chosen.step
 
     def rebaseline(self, reason: str) -> None:
@@ -600,10 +349,10 @@ class RecoveryStep:
         watch.losses.clear()
         watch.grad_norms.clear()
         watch.recent.clear()
-        watch.jumps.clear()
-        watch.ema, watch.ema_count, watch.excess = 0.0, 0, 0
+        watch.streak.clear()
+        watch.average, watch.num_averaged, watch.drift = 0.0, 0, 0
         watch.generation += 1
-        self._log(kind="rebaseline", action="none", reason=reason)
+        self._log("rebaseline", "none", reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectors, retry policy and incident log as plain numbers and strings, for a checkpoint.
@@ -648,54 +397,54 @@ class RecoveryStep:
 
     # Judging one step.
 
-    def _judge(self, loss: float, grad_norm: float, key: BatchKey) -> Action:
-        if not self._parameters_finite():
-            return self._corrupted(loss, grad_norm, key)
-        if self._refuses(key):
-            self._log(
-                kind="replay",
-                action="skip",
-                reason="named by a rollback",
-                sample_ids=key,
-                loss=loss,
-                grad_norm=grad_norm,
-            )
-            return "skip"
+    def _judge(self, observed: _Observation) -> Action:
         watch = self._watch
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not self._parameters_finite():
+            return self._corrupted(observed)
+        if self._refuses(observed.key):
+            self._log("replay", "skip", "named by a rollback", observed)
+            return "skip"
+        if not (math.isfinite(observed.loss) and math.isfinite(observed.grad_norm)):
             watch.nonfinite_streak += 1
             if watch.nonfinite_streak >= self.config.max_nonfinite:
-                self._log(kind="diverged", action="stop", reason="nothing finite", loss=loss, grad_norm=grad_norm)
+                self._undo_forward()
+                self._log("diverged", "stop", "nothing finite is coming", observed)
                 raise TrainingDivergedError(
-                    f"Expected finite losses and gradients, found {watch.nonfinite_streak} steps in a row without. No step was "
-                    "taken since; lower the learning rate or look at the quarantined samples."
+                    f"Expected finite losses and gradients, found {watch.nonfinite_streak} steps in a row without; none of them was "
+                    "taken. Lower the learning rate or look at the quarantined samples."
                 )
-            return self._flag("nonfinite", loss, grad_norm, key, None, None)
+            return self._flag("nonfinite", "loss or gradient is not finite", observed)
         watch.nonfinite_streak = 0
-        log_loss = math.log(max(loss, LOSS_MINIMUM))
-        log_norm = math.log(max(grad_norm, GRAD_NORM_MINIMUM))
-        loss_z, norm_z = watch.losses.score(log_loss), watch.grad_norms.score(log_norm)
-        if max(loss_z or 0.0, norm_z or 0.0) > self.config.threshold:
-            watch.jumps.append(max(watch.losses.excess(log_loss), watch.grad_norms.excess(log_norm)))
-            action = self._flag("spike", loss, grad_norm, key, loss_z, norm_z)
-            patience = self.config.rebaseline_after * (1 if float(np.median(watch.jumps)) <= MODEST_JUMP else 2)
-            if len(watch.jumps) >= patience:
-                self._suspicion = None
-                self.rebaseline(f"{len(watch.jumps)} flags in a row")
-                return "skip"
-            return action
-        return self._accept(loss, log_loss, log_norm, grad_norm, key)
+        log_loss = math.log(max(observed.loss, LOSS_MINIMUM))
+        log_norm = math.log(max(observed.grad_norm, GRAD_NORM_MINIMUM))
+        observed = replace(observed, loss_z=watch.losses.score(log_loss), grad_norm_z=watch.grad_norms.score(log_norm))
+        if max(observed.loss_z or 0.0, observed.grad_norm_z or 0.0) <= self.config.threshold:
+            return self._accept(observed, log_loss, log_norm)
+        jump = max(watch.losses.excess(log_loss), watch.grad_norms.excess(log_norm))
+        watch.streak.append((jump, observed.key))
+        if self._is_new_regime():
+            self._log("spike", "skip", "loss or gradient norm above its window", observed)
+            self.quarantine.acquit([key for _, key in watch.streak])
+            self.rebaseline(f"{len(watch.streak)} flags in a row")
+            return "skip"
+        return self._flag("spike", "loss or gradient norm above its window", observed)
 
-    def _corrupted(self, loss: float, grad_norm: float, key: BatchKey) -> Action:
+    def _is_new_regime(self) -> bool:
+        """True once flags in a row are too many for a burst."""
+        streak = self._watch.streak
+        jump = float(np.median([jump for jump, _ in streak]))
+        return len(streak) >= self.config.rebaseline_after * (1 if jump <= MODEST_JUMP else 2)
+
+    def _corrupted(self, observed: _Observation) -> Action:
         """Parameters that are not finite: whatever the loss says, only a snapshot helps."""
         reason = "parameters are not finite"
         if not self._ring:
-            self._log(kind="diverged", action="stop", reason=reason, sample_ids=key, loss=loss, grad_norm=grad_norm)
+            self._log("diverged", "stop", reason, observed)
             raise TrainingDivergedError(
                 "Expected finite parameters, found nan or inf after an optimizer step, and no snapshot to return to. "
                 "Call snapshot(step) before training and every 50 steps."
             )
-        self._log(kind="nonfinite", action="rollback", reason=reason, sample_ids=key, loss=loss, grad_norm=grad_norm)
+        self._log("nonfinite", "rollback", reason, observed)
         culprits = tuple(previous for _, previous in self._accepted[-1:])
         self._suspicion = _Suspicion(reason, self._watch.position, culprits)
         return "rollback"
@@ -713,90 +462,61 @@ class RecoveryStep:
             return True
         return False
 
-    def _flag(
-        self,
-        kind: Literal["nonfinite", "spike"],
-        loss: float,
-        grad_norm: float,
-        key: BatchKey,
-        loss_z: float | None,
-        norm_z: float | None,
-    ) -> Action:
+    def _flag(self, kind: Literal["nonfinite", "spike"], reason: str, observed: _Observation) -> Action:
         watch = self._watch
-        watch.recent.append((True, watch.position, key))
-        self.quarantine.add(key)
+        watch.recent.append((True, watch.position, observed.key))
+        self.quarantine.add(observed.key)
         flagged = [(position, batch) for was_flagged, position, batch in watch.recent if was_flagged]
-        action: Literal["skip", "rollback"] = "skip"
-        if len(flagged) >= self.config.flags_to_rollback:
-            reason = f"{len(flagged)} of the last {len(watch.recent)} steps were flagged"
-            suspicion = _Suspicion(reason, flagged[0][0], tuple(batch for _, batch in flagged))
-            if self._eligible(suspicion):
-                self._suspicion, action = suspicion, "rollback"
-        self._log(
-            kind=kind,
-            action=action,
-            reason="loss or gradient is not finite"
-            if kind == "nonfinite"
-            else "loss or gradient norm above its window",
-            sample_ids=key,
-            loss=loss,
-            grad_norm=grad_norm,
-            loss_z=loss_z,
-            grad_norm_z=norm_z,
+        suspicion = _Suspicion(
+            f"{len(flagged)} of the last {len(watch.recent)} steps were flagged",
+            flagged[0][0],
+            tuple(batch for _, batch in flagged),
         )
+        action: Literal["skip", "rollback"] = "skip"
+        if len(flagged) >= self.config.flags_to_rollback and self._eligible(suspicion):
+            self._suspicion, action = suspicion, "rollback"
+        self._log(kind, action, reason, observed)
         return action
 
-    def _accept(self, loss: float, log_loss: float, log_norm: float, grad_norm: float, key: BatchKey) -> Action:
+    def _accept(self, observed: _Observation, log_loss: float, log_norm: float) -> Action:
         watch = self._watch
         watch.losses.accept(log_loss)
         watch.grad_norms.accept(log_norm)
-        watch.recent.append((False, watch.position, key))
-        watch.jumps.clear()
+        watch.recent.append((False, watch.position, observed.key))
+        watch.streak.clear()
         watch.position += 1
-        watch.ema_count += 1
-        # Bias-corrected in place: the weights of a plain average until the decay takes over.
-        weight = (1.0 - self.config.ema_decay) / (1.0 - self.config.ema_decay**watch.ema_count)
-        watch.ema += weight * (loss - watch.ema)
-        self._accepted.append((watch.position, key))
+        watch.follow(observed.loss, self.config.ema_decay)
+        if not self._ring:
+            self._accepted.clear()  # without a snapshot nothing will be replayed
+        self._accepted.append((watch.position, observed.key))
         self._rewarm_left = max(0, self._rewarm_left - 1)
         self._close_incident()
-        watch.excess = watch.excess + 1 if self._drifting() else 0
-        if watch.excess == 0:
+        if not self._drifting():
+            watch.drift = 0
             for snapshot in self._ring:
                 snapshot.clean_steps += 1
-        elif watch.excess >= self.config.ema_steps:
-            started = watch.position - watch.excess
-            first = tuple(batch for position, batch in self._accepted if position == started + 1)
-            suspicion = _Suspicion(f"the loss stayed high for {watch.excess} steps", started, first)
-            if self._eligible(suspicion):
-                self._suspicion = suspicion
-                self._log(
-                    kind="spike",
-                    action="rollback",
-                    reason=suspicion.reason,
-                    sample_ids=key,
-                    loss=loss,
-                    grad_norm=grad_norm,
-                )
-                return "rollback"
-        return "step"
+            return "step"
+        watch.drift += 1
+        began = watch.position - watch.drift
+        first = tuple(key for position, key in self._accepted if position == began + 1)
+        suspicion = _Suspicion(f"the loss stayed high for {watch.drift} steps", began, first)
+        if watch.drift < self.config.ema_steps or not self._eligible(suspicion):
+            return "step"
+        self._suspicion = suspicion
+        self._log("spike", "rollback", suspicion.reason, observed)
+        return "rollback"
 
     def _drifting(self) -> bool:
         """True if the moving average of the loss is too far above its value at the newest certified snapshot."""
+        watch = self._watch
         certified = [snapshot for snapshot in self._ring if self._certified(snapshot)]
-        average = self._watch.average
-        if not certified or average is None:
+        if not certified:
             return False
         then = certified[-1]
-        if (
-            then.generation != self._watch.generation
-            or then.average is None
-            or then.deviation is None
-            or then.average <= 0.0
-        ):
+        if then.deviation is None or then.generation != watch.generation or then.average <= 0.0:
             return False
         threshold = max(math.log(self.config.ema_ratio), EXCESS_SIGMAS * then.deviation)
-        return average > then.average * math.exp(threshold)
+        return watch.average > then.average * math.exp(threshold)
 
     def _close_incident(self) -> None:
         """An incident is over once as many batches as certify a snapshot were accepted beyond the replayed ones."""
@@ -907,64 +627,41 @@ class RecoveryStep:
 
     def _log(
         self,
-        *,
-        kind: Literal["nonfinite", "spike", "replay", "rollback", "rebaseline", "refused_snapshot", "diverged"],
+        kind: IncidentKind,
         action: Literal["skip", "rollback", "none", "stop"],
         reason: str,
-        sample_ids: BatchKey = (),
-        loss: float | None = None,
-        grad_norm: float | None = None,
-        loss_z: float | None = None,
-        grad_norm_z: float | None = None,
+        observed: _Observation | None = None,
+        *,
         returned_to: int | None = None,
         rung: int | None = None,
     ) -> None:
-        self.incidents.append(
-            Incident(
-                kind=kind,
-                check=self._checks,
-                action=action,
-                reason=reason,
-                sample_ids=sample_ids,
-                loss=loss,
-                grad_norm=grad_norm,
-                loss_z=loss_z,
-                grad_norm_z=grad_norm_z,
-                returned_to=returned_to,
-                rung=rung,
+        incident = Incident(kind, action, reason, self._checks, returned_to=returned_to, rung=rung)
+        if observed is not None:
+            incident = replace(
+                incident,
+                sample_ids=observed.key,
+                loss=observed.loss,
+                grad_norm=observed.grad_norm,
+                loss_z=observed.loss_z,
+                grad_norm_z=observed.grad_norm_z,
             )
-        )
+        self.incidents.append(incident)
 
 
-class _ForwardWatch:
-    """Forward-pre hook that tells a `RecoveryStep` of a forward pass. A copied or pickled model carries one that does nothing."""
-
-    def __init__(self, owner: RecoveryStep | None = None) -> None:
-        self._owner = weakref.ref(owner) if owner is not None else lambda: None
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner._forward_begins()
-
-    def __reduce__(self) -> tuple[type[_ForwardWatch], tuple[()]]:
-        return _ForwardWatch, ()
-
-
-class _StepWatch:
-    """Optimizer-step hook that calls one method of a `RecoveryStep`, as long as that lives."""
+class _Hook:
+    """Calls one method of a `RecoveryStep` as long as that lives. A model that is copied or pickled carries one that does nothing."""
 
     def __init__(self, owner: RecoveryStep | None = None, method: Callable[[RecoveryStep], None] | None = None) -> None:
-        self._owner = weakref.ref(owner) if owner is not None else lambda: None
+        self._owner = weakref.ref(owner) if owner is not None else None
         self._method = method
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        owner = self._owner()
+    def __call__(self, *_: object) -> None:
+        owner = self._owner() if self._owner is not None else None
         if owner is not None and self._method is not None:
             self._method(owner)
 
-    def __reduce__(self) -> tuple[type[_StepWatch], tuple[()]]:
-        return _StepWatch, ()
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def _batch_key(sample_ids: Iterable[Hashable]) -> BatchKey:
@@ -974,10 +671,3 @@ def _batch_key(sample_ids: Iterable[Hashable]) -> BatchKey:
 
 def _number(value: float | Tensor) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
-
-
-def _require(config: RecoveryConfig, names: Sequence[str], holds: Callable[[Any], bool], expected: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not holds(value):
-            raise ValueError(f"{name}: expected {expected}, found {value}")

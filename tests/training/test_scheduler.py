@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def trace(schedule: LearningRateSchedule, steps: int) -> list[float]:
 def test_warm_up_is_linear_reaches_the_peak_and_the_last_step_has_the_final_share() -> None:
     rates = trace(LearningRateSchedule(optimizer(2.0), total_steps=12, warmup_steps=4, final_fraction=0.25), 14)
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert all(earlier > later for earlier, later in zip(rates[3:11], rates[4:12], strict=True))
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[3:12]))
     assert rates[11:] == [0.5, 0.5, 0.5]
     # Half a cosine over the 8 steps from the peak to the end: its middle is the mean of both.
     assert rates[7] == pytest.approx(0.5 * (2.0 + 0.5))
