@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_CAPABILITY = "text"
 """Capability of rows that name none, where the caller names none either."""
 
-WINDOW_BATCHES = 64
-"""Batches in a `SmartBatchLoader` window unless told otherwise: sorting by length within 64 batches leaves little padding."""
+WINDOW_BATCHES = 32
+"""Batches in a `SmartBatchLoader` window unless told otherwise: sorting by length within 32 batches leaves little padding."""
 WINDOW_BYTES = 64 << 20
 """A window is closed early when its rows (media bytes, text and ids) take more: 256 photographs would not fit otherwise."""
 CHUNK_ROWS = 64
@@ -592,10 +592,11 @@ def _all_records(source: _RowSource) -> Iterator[Record]:
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """The stem of each file; where two agree, their names, and where these agree too, as many folders as tell them apart."""
-    for depth in count():
-        names = ["/".join(path.absolute().parts[-depth:]) if depth else path.stem for path in paths]
-        if len(set(names)) == len(names):
-            break
+    names = [path.stem for path in paths]
+    depth = 0
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(path.absolute().parts[-depth:]) for path in paths]
     return names
 
 
@@ -710,7 +711,7 @@ def _num_bytes(group: pq.RowGroupMetaData, names: Sequence[str]) -> int:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()).rstrip(".")
     return DataError(f"Expected a readable Parquet file at {path}, found: {reason}. Write it again.")
 
 

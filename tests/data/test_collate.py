@@ -47,7 +47,12 @@ TEXTS = st.text("ab +=", min_size=1, max_size=8)
 def test_every_token_is_at_its_place_and_only_the_completion_is_scored(rows, side) -> None:
     batch = collate([record(*row) for row in rows], TOKENIZER, max_length=64, padding_side=side)
     lengths = [len(p) + 1 + (0 if c is None else len(c) + 1) for p, c in rows]
-    assert batch.input_ids_BT.shape == batch.attention_mask_BT.shape == batch.loss_mask_BT.shape == (len(rows), max(lengths))
+    assert (
+        batch.input_ids_BT.shape
+        == batch.attention_mask_BT.shape
+        == batch.loss_mask_BT.shape
+        == (len(rows), max(lengths))
+    )
     assert (batch.input_ids_BT.dtype, batch.attention_mask_BT.dtype) == (torch.int64, torch.int64)
     assert (batch.loss_mask_BT.dtype, batch.prompt_lengths_B.dtype) == (torch.bool, torch.int64)
     for index, (prompt, completion) in enumerate(rows):
@@ -81,7 +86,9 @@ def test_rows_keep_their_order_ids_and_records() -> None:
 
 def test_given_completions_take_the_place_of_the_records_own() -> None:
     batch = collate([record("a"), record("b", "x")], TOKENIZER, max_length=9, completions=["1", "22"])
-    assert [decode(batch, row, batch.loss_mask_BT) for row in (0, 1)] == [f"{c}{TOKENIZER.eos_token}" for c in ("1", "22")]
+    assert [decode(batch, row, batch.loss_mask_BT) for row in (0, 1)] == [
+        f"{c}{TOKENIZER.eos_token}" for c in ("1", "22")
+    ]
     with pytest.raises(ValueError, match="for each of 1 records, found 2"):
         collate([record("a")], TOKENIZER, max_length=9, completions=["1", "2"])
 
@@ -94,14 +101,18 @@ def test_an_empty_given_completion_is_the_end_of_sequence_alone() -> None:
 
 def test_a_row_that_is_too_long_is_refused_and_never_cut() -> None:
     assert collate([record("aaa", "bbb")], TOKENIZER, max_length=8).input_ids_BT.shape == (1, 8)
-    with pytest.raises(RowError, match=r"expected 1 to 7 tokens, found 8 \(4 of the prompt, 4 of the completion\) in row 'r'"):
+    with pytest.raises(
+        RowError, match=r"expected 1 to 7 tokens, found 8 \(4 of the prompt, 4 of the completion\) in row 'r'"
+    ):
         collate([record("aaa", "bbb")], TOKENIZER, max_length=7)
 
 
 def test_the_first_token_of_plain_text_is_not_scored_because_nothing_predicts_it() -> None:
     for side in ("left", "right"):
         batch = collate([record("", "abc"), record("", "abcdef")], TOKENIZER, max_length=9, padding_side=side)
-        assert [decode(batch, row, batch.loss_mask_BT) for row in (0, 1)] == [f"{c}{TOKENIZER.eos_token}" for c in ("bc", "bcdef")]
+        assert [decode(batch, row, batch.loss_mask_BT) for row in (0, 1)] == [
+            f"{c}{TOKENIZER.eos_token}" for c in ("bc", "bcdef")
+        ]
         assert batch.prompt_lengths_B.tolist() == [0, 0]
 
 

