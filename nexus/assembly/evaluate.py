@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from nexus.artifacts import QuantisationTax, Retention, RouterMetrics
 from nexus.errors import DataError
-from nexus.profiling.reasoning_eval import extract_answer
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
 """The central 95 %."""
@@ -45,9 +44,13 @@ def score_answers(predictions: Sequence[str], answers: Sequence[str], kind: Lite
             f"Expected one prediction for each of {len(answers)} gold answers, found {len(predictions)}. "
             "Score the rows that were generated, all of them, in their order."
         )
+    # Imported on use: it brings torch along, which nobody needs who only reads or draws results.
+    from nexus.profiling.reasoning_eval import extract_answer
+
     correct = np.zeros(len(answers), dtype=bool)
     for row, (prediction, answer) in enumerate(zip(predictions, answers, strict=True)):
-        gold = _gold(answer, kind)
+        # A bare number is as good a gold answer as one behind `####`.
+        gold = extract_answer(answer if kind == "exact" or "####" in answer else f"#### {answer}", kind)
         if gold is None:
             raise DataError(
                 f"Expected a gold answer of kind {kind!r}, found {answer[:60]!r} in held-out row {row}. "
@@ -261,12 +264,6 @@ def router_metrics(
         coverage=sum(source == network_source for source in sources) / len(labels),
         confusion=confusion,
     )
-
-
-def _gold(answer: str, kind: Literal["gsm8k", "exact"]) -> str | None:
-    """The comparable part of a gold answer; a bare number is as good as one behind `####`."""
-    text = answer if kind == "exact" or "####" in answer else f"#### {answer}"
-    return extract_answer(text, kind) or None
 
 
 def _retention(teacher: float | FloatArray, student: float | FloatArray, chance: float) -> FloatArray:

@@ -220,7 +220,7 @@ def test_without_a_labels_only_student_the_verdict_makes_no_claim_about_it(
     shown = page_of(absent, tmp_path)
     assert "without them" not in shown.text
     assert "was not measured" in shown.text
-    assert shown.text.count("labels only not measured") == 4
+    assert shown.text.count("kept by labels only not measured") == 4
     assert not shown.of_class("alone")
 
 
@@ -272,7 +272,7 @@ def test_the_retention_table_says_what_the_metrics_say(page: Page, report_data: 
             f"{capability} {row.teacher} {row.num_rows} rows, chance {percent(row.chance)} contract {percent(row.contract)} "
             f"{percent(row.retention)} {'✓ holds' if row.holds else '✗ broken'} "
             f"95 % interval {percent(row.ci95[0])} {DASH} {percent(row.ci95[1])} student score {percent(row.student_score)} "
-            f"teacher score {percent(row.teacher_score)} labels only {percent(row.labels_only_retention)}"
+            f"teacher score {percent(row.teacher_score)} kept by labels only {percent(row.labels_only_retention)}"
         )
 
 
