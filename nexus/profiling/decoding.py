@@ -112,6 +112,7 @@ def brute_generations(
     eos_E = torch.tensor(stop.eos_ids, device=input_ids_BT.device)
     generations, first_logits = [], []
     for skipped in (None, *range(len(stack))):
+        next_B = input_ids_BT[:, -1]
         tokens_BA = input_ids_BT.new_full((len(input_ids_BT), max_new_tokens), stop.pad_id)
         alive_B = torch.ones(len(input_ids_BT), dtype=torch.bool, device=input_ids_BT.device)
         decode = GreedyDecode(model, attention_mask_BT)
@@ -120,12 +121,12 @@ def brute_generations(
             stack.require_called_once(calls)
             first_logits.append(logits)
             for step in range(max_new_tokens):
+                logits = decode.step(next_B) if step > 0 else logits
                 next_B = logits.argmax(dim=-1)
                 tokens_BA[alive_B, step] = next_B[alive_B]
                 alive_B &= ~torch.isin(next_B, eos_E)
-                if step + 1 == max_new_tokens or not alive_B.any():
+                if not alive_B.any():
                     break
-                logits = decode.step(next_B)
         generations.append(tokens_BA)
     stack.require_effect(torch.stack(first_logits))
     return torch.stack(generations)
@@ -179,19 +180,23 @@ def stacked_generations(
         return call.hidden_RTD.index_copy(0, rows_S, output)
 
     alive_R = torch.ones_like(row_R, dtype=torch.bool)
+    next_R = row_R
     with stack.intercept(run_others):
         for step in range(max_new_tokens):
+            if step > 0:
+                # A block without rows would lose count of the tokens: finished rows stay while a single ablation is left.
+                if not alive_R.all() and len(torch.unique(skips_R[alive_R])) > 1:
+                    for layer, rows_S in zip(cache_layers, rows_of_block, strict=True):
+                        layer.reorder_cache(alive_R[rows_S].nonzero()[:, 0])
+                    decode.mask_RT, next_R, row_R, skips_R = (
+                        x[alive_R] for x in (decode.mask_RT, next_R, row_R, skips_R)
+                    )
+                    alive_R = torch.ones_like(row_R, dtype=torch.bool)
+                    rows_of_block[:] = [(skips_R != index).nonzero()[:, 0] for index in range(len(stack))]
+                logits = decode.step(next_R)
             next_R = logits.argmax(dim=-1)
             tokens_RA[row_R[alive_R], step] = next_R[alive_R]
             alive_R &= ~torch.isin(next_R, eos_E)
-            if step + 1 == max_new_tokens or not alive_R.any():
+            if not alive_R.any():
                 break
-            # A block without rows would lose count of the tokens: keep finished rows while a single ablation is left.
-            if not alive_R.all() and len(torch.unique(skips_R[alive_R])) > 1:
-                for layer, rows_S in zip(cache_layers, rows_of_block, strict=True):
-                    layer.reorder_cache(alive_R[rows_S].nonzero()[:, 0])
-                decode.mask_RT, next_R, row_R, skips_R = (x[alive_R] for x in (decode.mask_RT, next_R, row_R, skips_R))
-                alive_R = torch.ones_like(row_R, dtype=torch.bool)
-                rows_of_block[:] = [(skips_R != index).nonzero()[:, 0] for index in range(len(stack))]
-            logits = decode.step(next_R)
     return tokens_RA.view(num_variants, batch_size, max_new_tokens)

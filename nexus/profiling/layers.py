@@ -219,6 +219,10 @@ def _name(model: nn.Module) -> str:
 
 def _select_rows(name: str, value: Any, rows: Rows) -> Any:
     if isinstance(value, Tensor):
+        if name == "alibi":
+            # The heads of all rows lie on one axis.
+            heads = value.view(rows.batch_size, -1, *value.shape[1:])
+            return heads.index_select(0, rows.index_R).flatten(0, 1)
         for dim in _BATCH_DIMS.get(name, (0,)):
             # One-dimensional tensors (cache positions) count time.
             if max(2, -dim) <= value.ndim and value.shape[dim] == rows.batch_size:

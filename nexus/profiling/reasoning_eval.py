@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nexus.profiling.decoding import stop_tokens
 from nexus.profiling.layers import undisturbed
 
 AnswerPattern = Literal["gsm8k", "exact"]
@@ -101,7 +102,8 @@ def evaluate_batch(
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
-    pad_id = _pad_id(model, tokenizer)
+    stop = stop_tokens(model)
+    pad_id = stop.pad_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(len(row) for row in ids)
     input_ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
@@ -113,16 +115,12 @@ def _generate(
         num_beams=1,
         pad_token_id=pad_id,
     )
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in generated[:, width:]]
-
-
-def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with; masked before the prompt, and after the end of sequence cut off as a special token."""
-    eos = model.generation_config.eos_token_id
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, eos if isinstance(eos, int) else None):
-        if candidate is not None:
-            return int(candidate)
-    return 0
+    completions = []
+    for row in generated[:, width:].tolist():
+        # The pad id may be an ordinary token of the tokenizer: cut before decoding, not by skipping special tokens.
+        length = next((position for position, token in enumerate(row) if token in stop.eos_ids), len(row))
+        completions.append(str(tokenizer.decode(row[:length], skip_special_tokens=True)))
+    return completions
 
 
 def _gold_answer(answer: str, pattern: AnswerPattern) -> str | None:

@@ -40,9 +40,10 @@ def bootstrap_interval(
     means = []
     for start in range(0, num_resamples, chunk):
         size = min(chunk, num_resamples - start)
-        draws_RS = generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=size).astype(
-            np.float64
-        )
+        drawn_RS = generator.integers(num_samples, size=(size, num_samples))
+        # How often each resample drew each sample, counted: several times faster than NumPy's multinomial.
+        cells = (drawn_RS + num_samples * np.arange(size)[:, None]).ravel()
+        draws_RS = np.bincount(cells, minlength=size * num_samples).reshape(size, num_samples).astype(np.float64)
         means.append((draws_RS @ sums_LS.T) / (draws_RS @ counts_S)[:, None])
     return np.asarray(np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T)
 

@@ -174,8 +174,7 @@ def siglip() -> PreTrainedModel:
     return _wider(SiglipForImageClassification(config)).eval()
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["last_layer", "weighted_layer_sum"])
-def whisper(request: pytest.FixtureRequest) -> PreTrainedModel:
+def build_whisper(*, use_weighted_layer_sum: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     config = WhisperConfig(
         d_model=64,
@@ -189,9 +188,20 @@ def whisper(request: pytest.FixtureRequest) -> PreTrainedModel:
         max_source_positions=20,
         num_labels=5,
         classifier_proj_size=32,
-        use_weighted_layer_sum=request.param,
+        use_weighted_layer_sum=use_weighted_layer_sum,
     )
     return _wider(WhisperForAudioClassification(config)).eval()
+
+
+@pytest.fixture(scope="session")
+def whisper() -> PreTrainedModel:
+    return build_whisper(use_weighted_layer_sum=False)
+
+
+@pytest.fixture(scope="session")
+def whisper_weighted() -> PreTrainedModel:
+    """Its head reads the outputs of all blocks."""
+    return build_whisper(use_weighted_layer_sum=True)
 
 
 def _wider(model: PreTrainedModel) -> PreTrainedModel:
@@ -212,7 +222,8 @@ def skipping() -> Callable[..., object]:
             hidden = args[0] if args else kwargs["hidden_states"]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        hook = None if index is None else blocks[index].register_forward_hook(identity, with_kwargs=True)
+        # First in line: what a model collects through hooks of its own is the skipped block's output then.
+        hook = None if index is None else blocks[index].register_forward_hook(identity, with_kwargs=True, prepend=True)
         try:
             yield
         finally:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nexus.errors import ProfilingError
 from nexus.profiling.decoding import StopTokens, stacked_generations, stop_tokens
@@ -53,6 +61,17 @@ def test_tokens_equal_generating_one_ablation_and_sample_at_a_time(causal_lm, pr
         tokens_VBA = NIWTProfiler(causal_lm, strategy=strategy).ablated_generations(*prompts, 8)
         assert tokens_VBA.dtype == torch.int64
         assert torch.equal(tokens_VBA, expected_VBA)
+
+
+def test_models_that_count_positions_themselves_are_stacked_too(prompts, skipping):
+    torch.manual_seed(0)
+    config = BloomConfig(
+        hidden_size=64, n_layer=2, n_head=4, vocab_size=128, pad_token_id=0, eos_token_id=2, initializer_range=0.2
+    )
+    model = BloomForCausalLM(config).eval()
+    profiler = NIWTProfiler(model)
+    tokens_VBA = profiler.ablated_generations(*prompts, 5)
+    assert torch.equal(tokens_VBA, one_at_a_time(model, profiler.stack.blocks, skipping, prompts, 5))
 
 
 @pytest.fixture(params=["one", "several"])

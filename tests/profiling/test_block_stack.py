@@ -18,8 +18,11 @@ def test_the_text_decoder_is_found_although_the_vision_tower_is_deeper(gemma3_mu
     assert len(stack) == 3 < len(gemma3_multimodal.model.vision_tower.encoder.layers)
 
 
-def test_blocks_are_found_in_decoders_and_encoders(causal_lm, siglip, whisper):
+def test_blocks_are_found_in_decoders(causal_lm):
     assert find_blocks(causal_lm).path in ("model.layers", "model.language_model.layers")
+
+
+def test_blocks_are_found_in_encoders(siglip, whisper):
     assert find_blocks(siglip).path == "vision_model.encoder.layers"
     assert find_blocks(whisper).path == "encoder.layers"
     assert find_blocks(siglip).blocks == tuple(siglip.vision_model.encoder.layers)
