@@ -324,6 +324,7 @@ def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tup
             importance=teacher.importance,
             shares_tokenizer=reports[teacher.id].tokenizer_hash == student_hash,
             vocabulary_size=reports[teacher.id].vocabulary_size,
+            num_layers=reports[teacher.id].num_layers,
             hidden_size=reports[teacher.id].hidden_size,
             label_texts=reports[teacher.id].label_texts,
             fingerprint=reports[teacher.id].fingerprint,

@@ -102,10 +102,12 @@ class AudioAdapter(Adapter[AudioAdapterConfig]):
         frames_BWM = F.gelu(self.halve(frames_BWT.masked_fill(~mask_BT[:, None], 0.0)), approximate="tanh")
         tokens_BMW = frames_BWM.transpose(1, 2)
         tokens_BMW = tokens_BMW + sinusoids(tokens_BMW.shape[1], self.config.width, inputs.device, tokens_BMW.dtype)
+        blocks = []
         for block in self.blocks:
             tokens_BMW = block(tokens_BMW, mask_BM)
+            blocks.append(tokens_BMW)
         tokens_BMW = self.norm(tokens_BMW)
-        return Features(tokens_BMW, mask_BM, masked_mean(tokens_BMW, mask_BM))
+        return Features(tokens_BMW, mask_BM, masked_mean(tokens_BMW, mask_BM), tuple(blocks))
 
 
 def log_mel(

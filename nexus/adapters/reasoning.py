@@ -59,6 +59,8 @@ class ReasoningAdapter(Adapter[ReasoningAdapterConfig]):
         mask_BT = full_mask(mask, (inputs.shape[0], inputs.shape[1]), inputs.device)
         # What stands at a masked token is never read, not even inf or nan.
         thoughts_BTW = self.input(inputs.masked_fill(~mask_BT[..., None], 0.0))
+        blocks = []
         for block in self.thought:
             thoughts_BTW = thoughts_BTW + block(thoughts_BTW)
-        return Features(thoughts_BTW, mask_BT, masked_mean(thoughts_BTW, mask_BT))
+            blocks.append(thoughts_BTW)
+        return Features(thoughts_BTW, mask_BT, masked_mean(thoughts_BTW, mask_BT), tuple(blocks))

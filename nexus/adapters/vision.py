@@ -82,8 +82,8 @@ class VisionAdapter(Adapter[VisionAdapterConfig]):
             self.project = nn.Linear(config.encoder_width, config.width)
             return
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.width)
-        # The scale of a patch embedding at initialisation, about 0.5 for unit pixels, so that neither drowns the other.
-        self.positions_MW = nn.Parameter(0.5 * torch.randn(config.num_patches, config.width))
+        # Small beside a patch embedding, about 0.5 for unit pixels: at equal scale the content was measured to be found later.
+        self.positions_MW = nn.Parameter(0.1 * torch.randn(config.num_patches, config.width))
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.num_heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
 
@@ -103,7 +103,9 @@ class VisionAdapter(Adapter[VisionAdapterConfig]):
         patches = F.unfold(inputs, config.patch_size, stride=config.patch_size).transpose(1, 2)
         # What stands in a masked patch is never read, not even inf or nan.
         tokens_BMW = self.patch_embedding(patches.masked_fill(~mask_BM[..., None], 0.0)) + self.positions_MW
+        blocks = []
         for block in self.blocks:
             tokens_BMW = block(tokens_BMW, mask_BM)
+            blocks.append(tokens_BMW)
         tokens_BMW = self.norm(tokens_BMW)
-        return Features(tokens_BMW, mask_BM, masked_mean(tokens_BMW, mask_BM))
+        return Features(tokens_BMW, mask_BM, masked_mean(tokens_BMW, mask_BM), tuple(blocks))

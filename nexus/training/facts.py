@@ -20,6 +20,7 @@ class TeacherFacts:
     """The student speaks this teacher's tokenizer."""
     vocabulary_size: int | None
     """Rows of a language model's output layer."""
+    num_layers: int
     hidden_size: int
     label_texts: tuple[str, ...] | None
     fingerprint: str
@@ -42,6 +43,7 @@ class _TeacherFactsModel(StrictModel):
     importance: float
     shares_tokenizer: bool
     vocabulary_size: int | None
+    num_layers: int
     hidden_size: int
     label_texts: tuple[str, ...] | None
     fingerprint: str

@@ -305,7 +305,8 @@ def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], tow
             )
         if tower is not None:
             alignments.setdefault(tower, []).extend(
-                Alignment(teacher.id, layer, teacher.hidden_size) for layer, _ in teacher.critical_layers
+                Alignment(teacher.id, layer, teacher.hidden_size, depth=(layer + 1) / teacher.num_layers)
+                for layer, _ in teacher.critical_layers
             )
     for tower, entries in alignments.items():
         spec = spec.with_alignments(tower, entries)

@@ -97,6 +97,7 @@ def facts(kind: str, **changes) -> TeacherFacts:
         importance=1.0,
         shares_tokenizer=True,
         vocabulary_size=None,
+        num_layers=4,
         hidden_size=WIDTH,
         label_texts=None,
         fingerprint="print",
