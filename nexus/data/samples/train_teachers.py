@@ -133,7 +133,7 @@ def train_reasoning(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    schedule = Schedule(steps=1200, nf4_steps=300, batch_size=64, peak_lr=3e-3)
+    schedule = Schedule(steps=1000, nf4_steps=250, batch_size=64, peak_lr=3e-3)
     _train_text(Qwen3ForCausalLM(config), tokenizer, problems, schedule, folder)
 
 
