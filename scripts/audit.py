@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -25,24 +26,32 @@ AUDIT_TIMEOUT_S = 300
 def main() -> int:
     """Prints the findings; 1 when a direct dependency is vulnerable and a fix exists, else 0."""
     packages = audit(ROOT / "constraints.txt")
-    audited = [package for package in packages if "skip_reason" not in package]
-    if not audited:
+    if not any("skip_reason" not in package for package in packages):
         print("audit: NOT DONE, no vulnerability service answered from here; run `make security` where one does")
         return 0
     direct = {canonicalize_name(Requirement(line).name) for line in requires("nexus-distill") or []}
-    actionable = 0
+    lines, num_actionable = judge(packages, direct)
+    print("\n".join(lines))
+    return 1 if num_actionable else 0
+
+
+def judge(packages: list[dict[str, Any]], direct: set[str]) -> tuple[list[str], int]:
+    """Lines to print, and how many findings concern a package of `direct` and have a fixed version."""
+    lines = []
+    num_actionable = 0
+    audited = [package for package in packages if "skip_reason" not in package]
     for package in audited:
         for finding in package["vulns"]:
             fixes = ", ".join(finding["fix_versions"])
-            ours = bool(fixes) and canonicalize_name(package["name"]) in direct
-            actionable += ours
-            verdict = f"fixed in {fixes}" if fixes else "no fixed version"
-            print(f"audit: {package['name']} {package['version']}: {finding['id']}, {verdict}{' <- upgrade' if ours else ''}")
-    print(f"audit: {len(audited)} of {len(packages)} packages looked up, {actionable} direct dependencies to upgrade")
-    return 1 if actionable else 0
+            actionable = bool(fixes) and canonicalize_name(package["name"]) in direct
+            num_actionable += actionable
+            verdict = f"fixed in {fixes}{' <- upgrade' if actionable else ''}" if fixes else "no fixed version"
+            lines.append(f"audit: {package['name']} {package['version']}: {finding['id']}, {verdict}")
+    lines.append(f"audit: {len(audited)} of {len(packages)} packages looked up, {num_actionable} findings to act on")
+    return lines, num_actionable
 
 
-def audit(requirements: Path) -> list[dict[str, object]]:
+def audit(requirements: Path) -> list[dict[str, Any]]:
     """What pip-audit says about each pinned package; empty when it could not ask."""
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--no-deps", "--disable-pip"]
     command += ["--format", "json", "--progress-spinner", "off", "--timeout", str(LOOKUP_TIMEOUT_S)]

@@ -18,7 +18,7 @@ if [[ -n ${FRESH:-} ]]; then
     rm -rf .venv
 fi
 if [[ ! -x .venv/bin/python ]]; then
-    supported "$python" || fail "expected Python 3.10 to 3.13 as '$python', found $("$python" --version 2>&1 || true)." \
+    supported "$python" || fail "expected Python 3.10 to 3.13 as '$python', found $("$python" --version 2>/dev/null || echo 'no such program')." \
         "Install one and type: make setup PYTHON=python3.12"
     "$python" -m venv .venv || fail "expected '$python -m venv' to work. On Debian or Ubuntu install python3-venv."
 fi
