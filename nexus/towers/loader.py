@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 TARGETS_SCHEMA = 1
 """Version of what `TeacherTargets` mean; part of every fingerprint, so that older cached targets are refused."""
 
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
-"""What transformers raises for files that do not fit: its configurations and models check little themselves."""
-
 
 @dataclass(frozen=True)
 class LoadedTower:
@@ -125,11 +122,12 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     checkpoint = open_checkpoint(Path(spec.path))
     model_class = _model_class(spec, checkpoint)
     target = _device(device)
+    skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
     processor = _processor(spec) if spec.role == "encoder" else None
     quantise = quantise and spec.quantise
-    model, coverage = _load_model(spec, checkpoint, model_class, target, quantise=quantise)
+    model, coverage = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
     fingerprint = fingerprint_of(
         {
@@ -210,10 +208,16 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
 def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as in _skeleton
         raise TowerLoadError(
             f"Expected a tokenizer in {spec.path}, found: {_one_line(error)}. Save or fetch the tokenizer's files there."
         ) from None
+    # Without files, some classes come up with an empty vocabulary instead of an error.
+    if not any((Path(spec.path) / name).is_file() for name in tokenizer.vocab_files_names.values()):
+        raise TowerLoadError(
+            f"Expected one of {', '.join(tokenizer.vocab_files_names.values())} in {spec.path}, found none. Save or fetch the "
+            "tokenizer's files there."
+        )
     if tokenizer.eos_token_id is None:
         raise TowerLoadError(
             f"Expected an end-of-sequence token in the tokenizer of teacher {spec.id!r}, found none. Set eos_token in "
@@ -228,7 +232,7 @@ def _processor(spec: TeacherSpec) -> Any:
     for auto in (AutoImageProcessor, AutoFeatureExtractor):
         try:
             return auto.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # as in _skeleton
             errors.append(_one_line(error))
     raise TowerLoadError(
         f"Expected an image processor or a feature extractor in {spec.path}, found: {'; '.join(errors)}. Save or fetch "
@@ -239,13 +243,14 @@ def _processor(spec: TeacherSpec) -> Any:
 def _load_model(
     spec: TeacherSpec,
     checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
     model_class: Any,
     device: torch.device,
     *,
     quantise: bool,
 ) -> tuple[PreTrainedModel, CoverageReport]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    skeleton = _skeleton(spec, model_class)
+    keys = _keys_by_parameter(spec, skeleton, checkpoint)
     plan = NOTHING_QUANTISED
     if quantise:
         plan = plan_quantisation(
@@ -261,17 +266,15 @@ def _load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=spec.remote_code,
-            ignore_mismatched_sizes=True,  # reported below, in one line and by name
         )
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # as in _skeleton
         raise TowerLoadError(
             f"Expected {spec.path} to load as {model_class.__name__}, found: {_one_line(error)}. Check that the checkpoint "
             "belongs to that class."
         ) from error
     _refuse_incomplete(spec, info)
     freeze(model)
-    original = _original(spec, _keys_by_parameter(skeleton, checkpoint))
-    return model, measure_coverage(model, plan, original, teacher_id=spec.id)
+    return model, measure_coverage(model, plan, _original(spec, keys), teacher_id=spec.id)
 
 
 def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
@@ -285,7 +288,7 @@ def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
             config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
             with torch.device("meta"):
                 skeleton = model_class(config)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # configurations and models check little themselves, so a damaged one can raise anything
         raise TowerLoadError(
             f"Expected config.json in {spec.path} to describe a {model_class.__name__}, found: {_one_line(error)}. Fetch it again."
         ) from error
@@ -293,8 +296,16 @@ def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
     return skeleton
 
 
-def _keys_by_parameter(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[Path, str]]:
-    """Parameter name -> file and key of its original, by the very renamings that from_pretrained applies."""
+def _keys_by_parameter(
+    spec: TeacherSpec, skeleton: PreTrainedModel, checkpoint: Checkpoint
+) -> dict[str, tuple[Path, str]]:
+    """Parameter name -> file and key of its original, by the very renamings that from_pretrained applies.
+
+    Tensors that a class merges or splits while it loads are left out.
+
+    Raises:
+        TowerLoadError: a tensor of another shape than the parameter's. transformers does not look at those that it quantises.
+    """
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -302,10 +313,16 @@ def _keys_by_parameter(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dic
     found = {}
     for key, path in checkpoint.weights.items():
         name, converted_from = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
-        if name not in names and key in names:
-            name = key
-        if converted_from is None:
-            found[name] = (path, key)
+        if converted_from is not None or name not in names:
+            continue
+        found[name] = (path, key)
+        with safe_open(path, framework="pt") as file:
+            shape = tuple(file.get_slice(key).get_shape())
+        if shape != tuple(names[name].shape):
+            raise TowerLoadError(
+                f"Expected shape {tuple(names[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch the "
+                "checkpoint again, or name the class that it was saved from."
+            )
     return found
 
 
@@ -325,14 +342,12 @@ def _original(spec: TeacherSpec, keys: dict[str, tuple[Path, str]]) -> Callable[
 
 
 def _refuse_incomplete(spec: TeacherSpec, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[kind])
-        if kind == "unexpected_keys":
-            names = [name for name in names if not name.startswith(spec.unused_weights)]
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(spec.unused_weights)]
+    for kind, names in (("missing", sorted(info["missing_keys"])), ("unexpected", sorted(unexpected))):
         if names:
             raise TowerLoadError(
                 f"Expected the weights in {spec.path} to fit teacher {spec.id!r} exactly, found {len(names)} "
-                f"{kind.removesuffix('_keys')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the "
+                f"{kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the "
                 "checkpoint again, or name the class that it was saved from."
             )
 

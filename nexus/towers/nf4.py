@@ -106,7 +106,8 @@ def plan_quantisation(
         for name, module in skeleton.named_modules()
         if type(module) is nn.Linear or isinstance(module, Conv1D)
     }
-    idle = [skip for skip in skip_modules if all(should_convert_module(name, [skip]) for name in linears)]
+    experts = [name for name, module in skeleton.named_modules() if _is_fused_experts(module)]
+    idle = [skip for skip in skip_modules if all(should_convert_module(name, [skip]) for name in (*linears, *experts))]
     if idle:
         raise TowerLoadError(
             f"Expected the skip_modules of teacher {teacher_id!r} to name linear modules, found that {idle[0]!r} matches none. "
@@ -132,16 +133,13 @@ def plan_quantisation(
             )
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     quantised = sum(linears[name].weight.numel() for name in matrices)
-    experts = [
-        name
-        for name, module in skeleton.named_modules()
-        if _is_fused_experts(module) and should_convert_module(name, keep)
-    ]
-    if experts:
-        share = sum(p.numel() for name in experts for p in skeleton.get_submodule(name).parameters()) / total
+    unreached = [name for name in experts if should_convert_module(name, keep)]
+    if unreached:
+        share = sum(p.numel() for name in unreached for p in skeleton.get_submodule(name).parameters()) / total
         raise TowerLoadError(
             f"Expected NF4 to reach the experts of teacher {teacher_id!r}, found them fused into 3-D parameters that "
-            f"bitsandbytes skips ({len(experts)} modules, {share:.0%} of the parameters, first {experts[0]!r}). Use a dense teacher."
+            f"bitsandbytes skips ({len(unreached)} modules, {share:.0%} of the parameters, first {unreached[0]!r}). Use a dense "
+            "teacher."
         )
     if quantised < min_coverage * total:
         raise TowerLoadError(

@@ -58,13 +58,13 @@ SPEECH = {
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
     "num_mel_bins": 16,
-    "max_source_positions": 25,
+    "max_source_positions": 50,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 3,
 }
-RATE = 4000
+RATE = 16000
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def image_processor() -> SiglipImageProcessorPil:
 @pytest.fixture(scope="session")
 def extractor() -> WhisperFeatureExtractor:
     return WhisperFeatureExtractor(
-        feature_size=16, sampling_rate=RATE, hop_length=80, n_fft=400, chunk_length=1, return_attention_mask=False
+        feature_size=16, sampling_rate=RATE, hop_length=160, n_fft=400, chunk_length=1, return_attention_mask=False
     )
 
 
@@ -194,7 +194,7 @@ def whisper_folder(save: Callable[..., Path], extractor: WhisperFeatureExtractor
 @pytest.fixture(scope="session")
 def spec_of() -> Callable[..., TeacherSpec]:
     def make(folder: Path, role: Any = "causal_lm", **changes: Any) -> TeacherSpec:
-        return TeacherSpec(id="tiny", path=str(folder), revision=None, role=role, **changes)
+        return TeacherSpec(**{"id": "tiny", "path": str(folder), "revision": None, "role": role, **changes})
 
     return make
 
@@ -245,7 +245,7 @@ def png() -> Callable[[int], bytes]:
 def wav() -> Callable[[int], bytes]:
     def make(seed: int) -> bytes:
         buffer = io.BytesIO()
-        time_T = np.arange(RATE // 2 + 200 * seed) / RATE
+        time_T = np.arange(RATE // 2 + 800 * seed) / RATE
         tone_T = 0.3 * np.sin(2 * np.pi * (200 + 150 * seed) * time_T)
         soundfile.write(buffer, tone_T, RATE, format="WAV")
         return buffer.getvalue()
