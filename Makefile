@@ -10,7 +10,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OUT ?= runs/quickstart
-SEEDS ?= 3
 
 # No model hub in tests or in the quickstart, whose teachers and data ship with the tree.
 export HF_HUB_OFFLINE := 1
@@ -64,7 +63,7 @@ security: $(STAMP) ## Look for unsafe code, known vulnerabilities, secrets and m
 	@$(BIN)/python scripts/audit.py
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_repository.py -k secret
 
-bench: $(STAMP) ## Run the benchmarks (long); benchmarks/quickstart.py gives the median of SEEDS seeds
+bench: $(STAMP) ## Run the benchmarks (long); the quickstart over three seeds is one of them
 	@for script in benchmarks/*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
 
 samples: $(STAMP) ## Rebuild the sample data and teachers (long; needs espeak-ng)
