@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import (
 import nexus.data.samples
 from nexus.data.media import add_noise, decode_audio, decode_image
 from nexus.data.samples import digit_images, expressions, splits, spoken_digits, word_problems
+from nexus.data.samples.teacher_tokenizers import make_character_tokenizer, train_bpe
 
 SAMPLES = Path(nexus.data.samples.__file__).parent
 CAPABILITIES = ("reasoning", "code", "vision", "audio")
@@ -95,6 +97,39 @@ def test_the_split_of_a_text_is_fixed_by_the_first_eight_bytes_of_its_sha256() -
     for text in ("print(1+2-3)", "", "é", "How many eggs?"):
         bucket = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 100
         assert splits.split_of(text) == ("teacher" if bucket < 50 else "student" if bucket < 85 else "test")
+
+
+@pytest.mark.parametrize(
+    ("capability", "draw"), [("reasoning", word_problems.draw_problem), ("code", expressions.draw_expression)]
+)
+def test_drawing_again_gives_the_shipped_rows_of_the_student(capability: str, draw: Callable) -> None:
+    shipped = read(capability, "labelled")
+    drawn = splits.draw_distinct(draw, "student", len(shipped), np.random.default_rng(0))
+    assert drawn == [(row[CONTENT[capability]], row[ANSWER[capability]]) for row in shipped]
+
+
+@pytest.mark.parametrize("split", ["teacher_train", "pool", "test"])
+def test_every_kind_of_expression_is_in_every_large_file(split: str) -> None:
+    prompts = [row["prompt"] for row in read("code", split)]
+    parts = [
+        "00+",
+        "100*",
+        "len(",
+        "max(",
+        "min(",
+        "sorted(",
+        "][",
+        "]+[",
+        '"+"',
+        '"*',
+        "[::-1]",
+        '"[',
+        ":]",
+        "[:",
+        "<",
+        ">",
+    ]
+    assert [part for part in parts if not any(part in prompt for prompt in prompts)] == []
 
 
 def test_every_gold_number_follows_from_the_steps_of_its_answer() -> None:
@@ -254,6 +289,23 @@ def test_the_shared_tokenizer_keeps_digits_and_capitals_apart_and_encodes_any_te
     text = "Grüße, 世界 \U0001f600 \t\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert len(tokenizer) <= 512
+
+
+def test_the_shipped_bpe_tokenizer_is_the_one_that_its_maker_trains() -> None:
+    shipped = AutoTokenizer.from_pretrained(SAMPLES / "teachers" / "sample-reasoning")
+    problems = [f"{row['question']}\n{row['answer']}" for row in read("reasoning", "teacher_train")[:10_000]]
+    code = [f"{row['prompt']}\n{row['completion']}" for row in read("code", "teacher_train")[:10_000]]
+    questions = [f"{text}\n" for text in (*digit_images.QUESTIONS, *spoken_digits.QUESTIONS)] * 200
+    again = train_bpe([*problems, *code, *questions, *(list(spoken_digits.DIGITS) * 200)])
+    assert again.get_vocab() == shipped.get_vocab()
+    text = 'Tom has 12 apples.\nprint(len("ABC"))'
+    assert again(text).input_ids == shipped(text).input_ids
+
+
+def test_the_character_tokenizer_knows_ascii_and_what_its_texts_add() -> None:
+    tokenizer = make_character_tokenizer(["é"])
+    assert tokenizer.decode(tokenizer("Aé\n ~").input_ids) == "Aé\n ~"
+    assert tokenizer("世").input_ids == [tokenizer.unk_token_id]
 
 
 def test_reasoning_texts_are_short_in_tokens() -> None:

@@ -23,7 +23,8 @@ def evaluate(prompt: str) -> str:
     """Returns what a `print(...)` call of ours prints; only the few builtins that the prompts use can be reached."""
     allowed = {"len": len, "max": max, "min": min, "sorted": sorted}
     expression = prompt.removeprefix("print(").removesuffix(")")
-    return str(eval(expression, {"__builtins__": {}}, allowed))  # nosec B307 - only texts made by this module
+    # Evaluates only texts that this module made.
+    return str(eval(expression, {"__builtins__": {}}, allowed))  # nosec B307
 
 
 def _word(rng: np.random.Generator, low: int, high: int) -> str:

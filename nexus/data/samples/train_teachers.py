@@ -72,6 +72,7 @@ _TEACHERS = HERE / "teachers"
 _HEADS = ("lm_head", "classifier")
 _SEED = 0
 _WARMUP_STEPS = 100
+_VISION_WIDTH = 64
 Row = dict[str, Any]
 
 
@@ -166,7 +167,7 @@ def train_vision(folder: Path) -> None:
     labels = [str(total) for total in range(19)]
     config = SiglipConfig(
         vision_config={
-            "hidden_size": 64,
+            "hidden_size": _VISION_WIDTH,
             "intermediate_size": 256,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
@@ -174,7 +175,6 @@ def train_vision(folder: Path) -> None:
             "patch_size": 4,
             "vision_use_head": False,
         },
-        num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )
@@ -186,7 +186,7 @@ def train_vision(folder: Path) -> None:
     rng = np.random.default_rng(_SEED)
     schedule = Schedule(steps=8000, nf4_steps=1200, batch_size=64, peak_lr=2e-3)
     # Only while training: naming the digit under each patch teaches far more per image than the sum alone.
-    patch_head = nn.Linear(config.vision_config.hidden_size, 11)
+    patch_head = nn.Linear(_VISION_WIDTH, 11)
 
     def losses() -> Iterator[Tensor]:
         for _ in range(schedule.steps):
@@ -222,7 +222,6 @@ def train_audio(folder: Path) -> None:
         bos_token_id=1,
         eos_token_id=2,
         decoder_start_token_id=3,
-        num_labels=10,
         id2label=dict(enumerate(spoken_digits.DIGITS)),
         label2id={word: index for index, word in enumerate(spoken_digits.DIGITS)},
     )
@@ -304,7 +303,7 @@ def evaluate(folder: Path, *, nf4: bool) -> float:
     }[capability](folder, rows, nf4)
 
 
-def load(auto_class: Any, folder: Path, *, nf4: bool) -> PreTrainedModel:
+def load(auto_class: Any, folder: Path, *, nf4: bool) -> Any:
     """Returns the model in float32, its Linears in NF4 with double quantisation when asked."""
     model = auto_class.from_pretrained(folder, dtype=torch.float32)
     if nf4:
@@ -403,7 +402,7 @@ def _audio_accuracy(folder: Path, rows: list[Row], nf4: bool) -> float:
 
 
 @torch.no_grad()
-def _label_accuracy(model: PreTrainedModel, inputs: Tensor, rows: list[Row]) -> float:
+def _label_accuracy(model: Any, inputs: Tensor, rows: list[Row]) -> float:
     predicted = [model.config.id2label[int(index)] for index in model(inputs).logits.argmax(dim=-1)]
     return float(np.mean([label == row["answer"] for label, row in zip(predicted, rows, strict=True)]))
 
@@ -416,11 +415,10 @@ def _nf4_rounded(weight: Tensor) -> Tensor:
 def _compose(scans: digit_images.Scans, pair: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Returns an image [16, 16] of two scans and, for its 16 patches of 4x4, the digit most of each belongs to, plus 1 (0: none)."""
     seed = int(rng.integers(2**32))
-    image_HW = digit_images.place_pair(
-        *(_jitter(scans.pixels_SHW[scan], rng) for scan in pair), np.random.default_rng(seed)
-    )
-    planes = [np.full((8, 8), scans.labels_S[scan] + 1, np.uint8) for scan in pair]
-    owner_HW = digit_images.place_pair(*planes, np.random.default_rng(seed))
+    first_HW, second_HW = (_jitter(scans.pixels_SHW[scan], rng) for scan in pair)
+    image_HW = digit_images.place_pair(first_HW, second_HW, np.random.default_rng(seed))
+    first_owner_HW, second_owner_HW = (np.full((8, 8), scans.labels_S[scan] + 1, np.uint8) for scan in pair)
+    owner_HW = digit_images.place_pair(first_owner_HW, second_owner_HW, np.random.default_rng(seed))
     # The two scans meet on a border between patches, so that no patch belongs to both.
     blocks = owner_HW.reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, 16)
     return image_HW, np.where((blocks > 0).sum(axis=1) >= 8, blocks.max(axis=1), 0).astype(np.int64)

@@ -73,7 +73,7 @@ def draw_problem(rng: np.random.Generator) -> tuple[str, str]:
     while True:
         structure = _STRUCTURES[rng.integers(len(_STRUCTURES))]
         wording = structure.wordings[rng.integers(len(structure.wordings))]
-        first, second = structure.operations
+        first, second = tuple(structure.operations)
         low, high = (2, 5) if first == "*" else (6, 20)
         a = int(rng.integers(low, high + 1))
         b = int(rng.integers(2, 6 if first == "*" else 10))
