@@ -61,7 +61,9 @@ CHECK_EVERY = 1000
 """Rows between two looks at the share of bad rows."""
 
 _PARQUET_BATCH_BYTES = 4 << 20
-_PARQUET_BUFFER_BYTES = 64 << 10
+_PARQUET_BUFFER_BYTES = 4 << 10
+"""A buffer makes pyarrow read page by page; without one it holds whole column chunks. Pages larger than the buffer empty it, while
+smaller ones make pyarrow 26 lengthen it up to the compressed column chunk, so it is small."""
 _MAX_LINE_BYTES = 64 << 20
 """A longer line is no row but a file without line ends; it is quarantined instead of held."""
 _JSONL_PROBE_LINES = 100
@@ -666,7 +668,6 @@ def _check_file(path: Path) -> None:
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    # A buffer makes pyarrow read a column page by page; without one it holds whole column chunks, which grow with the file.
     return pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, memory_map=False)
 
 

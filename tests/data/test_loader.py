@@ -738,41 +738,45 @@ def test_the_shuffle_reaches_across_the_whole_window(tmp_path: Path) -> None:
 # --- memory -------------------------------------------------------------------------------------------------------------------
 
 
-def peaks_of_reading(path: Path) -> tuple[int, int]:
-    """Peak bytes of Python and NumPy, and of pyarrow's pool (seen between batches), while a whole epoch is read."""
+def peak_of_batching(path: Path) -> int:
+    """Peak bytes of Python and NumPy while a whole epoch is read."""
     loader = SmartBatchLoader([path], tokenizer=TOKENIZER, batch_size=4, max_length=128, shuffle_seed=0)
-    pool = pa.default_memory_pool()
     gc.collect()
-    base = pool.bytes_allocated()
-    arrow = 0
     tracemalloc.start()
     try:
         for _ in loader:
-            arrow = max(arrow, pool.bytes_allocated() - base)
-        return tracemalloc.get_traced_memory()[1], arrow
+            pass
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-def write_wide(path: Path, rows: int) -> Path:
-    """Rows of equal length in one Parquet row group of small pages: what is held must be a page, not the column."""
-    table = [
-        {"id": f"{i:06d}", "question": random.Random(i).randbytes(16).hex(), "answer": f"{i:06d}"} for i in range(rows)
-    ]
-    if path.suffix != ".parquet":
-        return write(path, table)
-    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=rows, data_page_size=4096, use_dictionary=False)
-    return path
+def random_texts(rows: int, num_bytes: int) -> list[Row]:
+    """Rows of equal length that no codec makes smaller than half."""
+    return [{"id": f"{i:06d}", "question": random.Random(i).randbytes(num_bytes).hex()} for i in range(rows)]
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_ten_times_the_rows_need_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    monkeypatch.setattr(loader_module, "_PARQUET_BUFFER_BYTES", 4096)  # full in the small file already
-    peaks_of_reading(write_wide(tmp_path / f"warm.{ending}", 100))  # what libraries keep for good is allocated here
-    small, small_arrow = peaks_of_reading(write_wide(tmp_path / f"small.{ending}", 400))
-    large, large_arrow = peaks_of_reading(write_wide(tmp_path / f"large.{ending}", 4000))
-    assert large < 1.1 * small
-    assert large_arrow <= 1.1 * small_arrow
+def test_ten_times_the_rows_need_no_more_memory(tmp_path: Path, ending: str) -> None:
+    warm, small, large = (
+        write(tmp_path / f"{n}.{ending}", random_texts(n, 8), row_group_size=n) for n in (100, 400, 4000)
+    )
+    peak_of_batching(warm)  # what libraries keep for good is allocated here
+    assert peak_of_batching(large) < 1.1 * peak_of_batching(small)
+
+
+def test_reading_parquet_holds_pages_and_not_the_row_group(tmp_path: Path) -> None:
+    def peak_of_reading(num_rows: int) -> int:
+        path = tmp_path / f"{num_rows}.parquet"
+        table = pa.Table.from_pylist([dict(row) for row in random_texts(num_rows, 400)]).select(["question"])
+        pages = {"data_page_size": 32 << 10, "write_batch_size": 16, "use_dictionary": False}
+        pq.write_table(table, path, row_group_size=num_rows, **pages)
+        base = pa.total_allocated_bytes()
+        return max(pa.total_allocated_bytes() - base for _ in iter_records([path], capability="c", quarantine=None))
+
+    small, large = peak_of_reading(500), peak_of_reading(5000)
+    assert 0 < large <= 1.1 * small
+    assert large < 5000 * 800 / 10
 
 
 # --- the sample data ----------------------------------------------------------------------------------------------------------
