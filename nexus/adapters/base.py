@@ -44,7 +44,9 @@ class Alignment:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.depth <= 1.0:
-            raise ConfigError(f"Expected the depth of teacher {self.teacher!r}'s feature in (0, 1], found {self.depth}. Correct it.")
+            raise ConfigError(
+                f"Expected the depth of teacher {self.teacher!r}'s feature in (0, 1], found {self.depth}. Correct it."
+            )
         if isinstance(self.feature, str) and self.feature != POOLED:
             raise ConfigError(
                 f"Expected a layer index or {POOLED!r} as the feature to align, found {self.feature!r}. Name one."
@@ -112,8 +114,8 @@ class Features:
     """Output [B, M, W] of each encoder block, for maps to a teacher's inner layers; empty for a wrapped encoder."""
 
     def at_depth(self, depth: float) -> Tensor:
-        """Tokens [B, M, W] of the block at a relative depth in (0, 1]; the final ones at 1 and for a wrapped encoder."""
-        if depth == 1.0 or not self.blocks:
+        """Tokens [B, M, W] of the block at a relative depth in (0, 1], before the last norm; the final ones for a wrapped encoder."""
+        if not self.blocks:
             return self.tokens_BMW
         return self.blocks[max(1, round(depth * len(self.blocks))) - 1]
 

@@ -86,9 +86,9 @@ class StudentSpec:
         expected = {"core", "router", *_ADAPTER_CONFIGS}
         unknown, missing = sorted(values.keys() - expected), sorted({"core", "router"} - values.keys())
         if unknown or missing:
+            found = f"unknown {unknown[0]!r}" if unknown else f"no {missing[0]!r}"
             raise ConfigError(
-                f"Expected the sections core, router and any of {', '.join(_ADAPTER_CONFIGS)}, found "
-                f"{'unknown ' + unknown[0] if unknown else 'no ' + missing[0]!r}."
+                f"Expected the sections core, router and any of {', '.join(_ADAPTER_CONFIGS)}, found {found}."
             )
         known = {field.name for field in dataclasses.fields(NexusStudentConfig)}
         strange = sorted(values["core"].keys() - known - {"model_type"})

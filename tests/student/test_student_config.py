@@ -9,7 +9,13 @@ from nexus.errors import ConfigError
 from nexus.student.config import NexusStudentConfig, parameter_count
 from nexus.student.core import NexusStudentCore
 
-SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.mark.parametrize(

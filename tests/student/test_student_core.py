@@ -38,7 +38,9 @@ def _config(**changes: object) -> NexusStudentConfig:
     return NexusStudentConfig(**{**sizes, **changes})
 
 
-def _core(*, gate: float = 0.7, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) -> NexusStudentCore:
+def _core(
+    *, gate: float = 0.7, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object
+) -> NexusStudentCore:
     """A random trunk whose ports stand open by `gate`."""
     torch.manual_seed(seed)
     core = NexusStudentCore(_config(**changes)).to(dtype).eval()
@@ -468,7 +470,9 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, tied: bool) -> None:
     assert found == kept
     with torch.no_grad():
         context_BCD = _context(1, dtype=torch.float32)
-        assert torch.equal(loaded(_ids(1, 4), context_BCD=context_BCD).logits, core(_ids(1, 4), context_BCD=context_BCD).logits)
+        assert torch.equal(
+            loaded(_ids(1, 4), context_BCD=context_BCD).logits, core(_ids(1, 4), context_BCD=context_BCD).logits
+        )
 
 
 def test_equal_seeds_build_equal_trunks() -> None:
