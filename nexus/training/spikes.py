@@ -35,9 +35,8 @@ class SpikeDetector:
 
     def score(self, value: float) -> float | None:
         """z of `value`; None during the warm-up."""
-        if len(self._values) < self.warmup:
-            return None
-        return self.excess(value) / max(self.deviation() or 0.0, self.floor)
+        spread = self._spread()
+        return None if spread is None else (value - spread[0]) / max(spread[1], self.floor)
 
     def excess(self, value: float) -> float:
         """How far `value` lies above the median of the window."""
@@ -45,10 +44,15 @@ class SpikeDetector:
 
     def deviation(self) -> float | None:
         """1.4826 MAD of the window, without the floor; None during the warm-up."""
+        spread = self._spread()
+        return None if spread is None else spread[1]
+
+    def _spread(self) -> tuple[float, float] | None:
         if len(self._values) < self.warmup:
             return None
         values = np.array(self._values)
-        return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
+        median = float(np.median(values))
+        return median, MAD_TO_SIGMA * float(np.median(np.abs(values - median)))
 
     def accept(self, value: float) -> None:
         """Add a value that belongs to the series."""
