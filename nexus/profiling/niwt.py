@@ -41,6 +41,10 @@ Strategy = Literal["auto", "brute", "prefix", "triangular", "stacked"]
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
 _WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
 
+# Tokens of all live rows together that keep a CPU busy in one forward of a block; more of them only take memory and fall out of its
+# caches.
+_CPU_TOKENS = 4096
+
 # Is shown the index of a block and the clean outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor], None]
 
@@ -136,7 +140,12 @@ class NIWTProfiler:
         generate = brute_generations if self._sweep_strategy(is_text=True) == "brute" else stacked_generations
         stop = stop_tokens(self.model)
         prompt_length = input_ids_BT.shape[1]
-        size = self._text_batch_size(prompt_length, 1, prompt_length + max_new_tokens)
+        size = self._text_batch_size(
+            num_variants=1 if generate is brute_generations else len(self.stack) + 1,
+            num_columns=prompt_length,
+            num_logits=1,
+            num_cached=prompt_length + max_new_tokens,
+        )
         parts = []
         with undisturbed(self.model):
             for ids_BT, mask_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT):
@@ -232,7 +241,12 @@ class NIWTProfiler:
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets."""
         strategy = self._sweep_strategy(is_text=True)
-        size = self._text_batch_size(input_ids_BT.shape[1], int(targets_BT.sum(dim=1).max()), 0)
+        size = self._text_batch_size(
+            num_variants=len(self.stack) + 1 if strategy == "triangular" else 1,
+            num_columns=input_ids_BT.shape[1],
+            num_logits=int(targets_BT.sum(dim=1).max()),
+            num_cached=0,
+        )
         parts = []
         with undisturbed(self.model):
             for ids_BT, mask_BT, chosen_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT, targets_BT):
@@ -269,17 +283,19 @@ class NIWTProfiler:
             return "prefix"
         return "triangular"
 
-    def _text_batch_size(self, num_columns: int, num_logits: int, num_cached: int) -> int:
-        """Return how many samples of text to run at once, so that the live rows of all ablations fit the workspace."""
+    def _text_batch_size(self, *, num_variants: int, num_columns: int, num_logits: int, num_cached: int) -> int:
+        """Return how many samples of text to run at once, so that their live rows (`num_variants` each) fit the workspace."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
-        num_variants = len(self.stack) + 1
         # Keys and values are at most as wide as the hidden states.
         states = num_columns + 2 * len(self.stack) * num_cached
         values = states * config.hidden_size + num_logits * config.vocab_size
-        workspace = _WORKSPACE_BYTES["cpu" if self.model.device.type == "cpu" else "accelerator"]
-        return max(1, workspace // int(num_variants * values * self.model.dtype.itemsize))
+        device = "cpu" if self.model.device.type == "cpu" else "accelerator"
+        size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
+        if device == "cpu" and num_cached == 0:
+            size = min(size, _CPU_TOKENS // (num_variants * num_columns))
+        return max(1, size)
 
     def _micro_batches(self, size: int, *tensors_BT: Tensor) -> Iterator[list[Tensor]]:
         """Yield `size` rows at a time of (ids, attention mask, ...), without columns that are padding in all of them."""
