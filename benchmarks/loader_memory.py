@@ -2,7 +2,7 @@
 
 Run as `python benchmarks/loader_memory.py [--rows N]`. Each measurement is a process of its own: `traced` is the peak of
 Python's and NumPy's allocations while iterating (tracemalloc), `arrow` the peak of pyarrow's own pool, `resident` the growth of
-the process's peak resident set from before the first batch to after the last. The Parquet file is one row group, the hardest
+the process's resident set from before the first batch to its largest after any. The Parquet file is one row group, the hardest
 case: a reader that takes whole column chunks holds all of it. The small file (5,000 rows, 10 MB) already fills every buffer:
 pyarrow holds a page and a dictionary of 1 MiB each per column. Prints one line per format, and ends with exit code 1 when the
 traced or the arrow peak grows by more than 10 %.
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 MAX_GROWTH = 1.10
 FORMATS = ("parquet", "jsonl", "csv")
 MEASURE = """
-import json, resource, sys, tracemalloc
+import json, psutil, sys, tracemalloc
 import pyarrow as pa
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -35,12 +35,15 @@ model = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "<eos>": 2}, unk_tok
 model.pre_tokenizer = pre_tokenizers.Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 loader = SmartBatchLoader([sys.argv[1]], tokenizer=tokenizer, batch_size=4, max_length=512, shuffle_seed=0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+process = psutil.Process()
+before = resident = process.memory_info().rss
 tracemalloc.start()
-rows = sum(len(batch.row_ids) for batch in loader)
+rows = 0
+for batch in loader:
+    rows += len(batch.row_ids)
+    resident = max(resident, process.memory_info().rss)
 peak = tracemalloc.get_traced_memory()[1]
-resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps({"rows": rows, "traced": peak, "arrow": pa.default_memory_pool().max_memory(), "resident": resident * 1024}))
+print(json.dumps({"rows": rows, "traced": peak, "arrow": pa.default_memory_pool().max_memory(), "resident": resident - before}))
 """
 
 
