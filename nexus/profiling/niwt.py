@@ -252,8 +252,8 @@ class NIWTProfiler:
             for ids_BT, mask_BT, chosen_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT, targets_BT):
                 scored = scored_tokens(ids_BT, chosen_BT)
                 read = token_reader(self.model, self.stack, text_inputs(self.model, ids_BT, mask_BT), scored)
-                readings_VN2 = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-                parts.append(_sums_per_sample(readings_VN2.cpu(), scored.rows_N.cpu(), len(ids_BT)))
+                readings_VN3 = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
+                parts.append(_sums_per_sample(readings_VN3[..., :2].cpu(), scored.rows_N.cpu(), len(ids_BT)))
         nll_VB, hits_VB = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores("delta_nll", counts_B, nll_VB[1:] - nll_VB[:1], nll_VB[0], hits_VB == counts_B)
@@ -354,9 +354,11 @@ def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None) -> _Scores:
 
 
 def _embedding_scores(embeddings_VBE: Tensor) -> _Scores:
-    similarity_LB = F.cosine_similarity(embeddings_VBE[1:], embeddings_VBE[:1], dim=-1)
-    counts_B = torch.ones(embeddings_VBE.shape[1], dtype=torch.int64)
-    return _Scores("cosine_drop", counts_B, 1 - similarity_LB, None, None)
+    clean, ablated = embeddings_VBE[:1], embeddings_VBE[1:]
+    # The cosine of a vector with itself is 1 only to rounding.
+    is_same_LB = (ablated == clean).all(dim=-1)
+    drop_LB = (1 - F.cosine_similarity(ablated, clean, dim=-1)).masked_fill(is_same_LB, 0.0)
+    return _Scores("cosine_drop", torch.ones(clean.shape[1], dtype=torch.int64), drop_LB, None, None)
 
 
 def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> Observer | None:

@@ -162,7 +162,9 @@ def language_model_head(model: PreTrainedModel) -> nn.Module:
 def token_reader(
     model: PreTrainedModel, stack: BlockStack, inputs: Mapping[str, Tensor], scored: ScoredTokens
 ) -> Reader:
-    """Return a reader of [variants, N, 2]: the scored tokens' negative log-likelihood (nats) and whether they are the argmax.
+    """Return a reader of [variants, N, 3]: each scored token's negative log-likelihood (nats), argmax hit and logit.
+
+    The logit is there to see an effect where the likelihood is saturated.
 
     The head sees the scored positions only, through a hook, because not every model can be told which logits to keep.
     """
@@ -182,7 +184,7 @@ def token_reader(
             logits = model(**inputs, use_cache=False).logits[0]
         finally:
             hook.remove()
-        return token_readings(logits, scored.targets_N.repeat(num_variants)).view(num_variants, -1, 2)
+        return token_readings(logits, scored.targets_N.repeat(num_variants)).view(num_variants, -1, 3)
 
     return read
 
@@ -220,11 +222,13 @@ def _mean_pool(hidden_BTD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def token_readings(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return float64 [N, 2]: negative log-likelihood and argmax hit. Half precision logits are widened chunk by chunk."""
+    """Return float64 [N, 3]: negative log-likelihood, argmax hit, the target's logit. Logits are widened chunk by chunk."""
     readings = []
     size = max(1, _LOGITS_PER_CHUNK // logits_NV.shape[-1])
     for logits, targets in zip(torch.split(logits_NV, size), torch.split(targets_N, size), strict=True):
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        nll = torch.logsumexp(wide, dim=-1) - wide.gather(-1, targets[:, None])[:, 0]
-        readings.append(torch.stack([nll.double(), (wide.argmax(dim=-1) == targets).double()], dim=-1))
+        target_logit = wide.gather(-1, targets[:, None])[:, 0]
+        nll = torch.logsumexp(wide, dim=-1) - target_logit
+        is_hit = wide.argmax(dim=-1) == targets
+        readings.append(torch.stack([nll.double(), is_hit.double(), target_logit.double()], dim=-1))
     return torch.cat(readings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from nexus.errors import ProfilingError
+from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler
 
 IDS = [f"row-{row}" for row in range(6)]
@@ -134,6 +137,18 @@ def test_cosine_drop_of_the_models_own_pooled_embedding(vision_encoder, pixels, 
     assert found == pytest.approx(expected.mean(axis=1), abs=1e-6)
     assert profile.metric == "cosine_drop"
     assert (profile.baseline.nll, profile.baseline.accuracy) == (None, None)
+
+
+def test_a_block_without_effect_drops_the_cosine_by_exactly_zero(vision_encoder, pixels):
+    model = copy.deepcopy(vision_encoder)
+    block = find_blocks(model).blocks[1]
+    with torch.no_grad():
+        for linear in (block.self_attn.out_proj, block.mlp.fc2):
+            linear.weight.zero_()
+            linear.bias.zero_()
+    delta_LB = NIWTProfiler(model).measure(EncoderProfileBatch(IDS, pixels, None)).delta_LB
+    assert (delta_LB[1] == 0).all()
+    assert (delta_LB[[0, 2]] > 0).all()
 
 
 @pytest.mark.parametrize("masked", [False, True])

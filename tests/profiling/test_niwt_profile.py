@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nexus.artifacts import NIWTProfile
 from nexus.errors import ProfilingError
+from nexus.profiling.activation import ActivationMoments
 from nexus.profiling.consolidation import BatchMeasurement, consolidate, merge_measurements
 from nexus.profiling.niwt import NIWTProfiler, ProfileBatch
-from nexus.profiling.spectral import intrinsic_dimension
+from nexus.profiling.spectral import Comoment, intrinsic_dimension
 
 
 def batch_of(batch, rows: list[int]) -> ProfileBatch:
@@ -161,9 +162,6 @@ def test_accuracy_counts_samples_whose_every_answer_token_is_right(measurements)
 
 def synthetic(delta_LB, metric="delta_nll") -> BatchMeasurement:
     """A measurement of given effects; its activation statistics come from two arbitrary tokens."""
-    from nexus.profiling.activation import ActivationMoments
-    from nexus.profiling.spectral import Comoment
-
     delta = np.asarray(delta_LB, dtype=np.float64)
     states = torch.eye(2, 3)
     return BatchMeasurement(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -289,6 +290,29 @@ def test_a_model_whose_ablations_change_nothing_is_refused_with_the_path(own_qwe
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_certain_answers_are_no_sign_of_ablations_without_effect(qwen3, text_batch, strategy):
+    class Certain(nn.Module):
+        """Logits so large that every variant gives the argmax a likelihood of exactly 1."""
+
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            logits = self.head(hidden)
+            logits[..., 9] += 1000
+            return logits
+
+    model = copy.deepcopy(qwen3)
+    model.set_output_embeddings(Certain(model.lm_head))
+    always_nine = torch.where(text_batch.loss_mask_BT.bool(), 9, text_batch.input_ids_BT)
+    delta = NIWTProfiler(model, strategy=strategy).delta_nll(
+        always_nine, text_batch.attention_mask_BT, text_batch.loss_mask_BT
+    )
+    assert delta.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_blocks_that_never_run_are_refused_with_the_path(gemma3_multimodal, text_batch, strategy):
     profiler = NIWTProfiler(gemma3_multimodal, layers="model.vision_tower.encoder.layers", strategy=strategy)
     with pytest.raises(ProfilingError, match=r"'model\.vision_tower\.encoder\.layers' once, found"):
@@ -310,6 +334,7 @@ def test_readings_of_many_chunks_equal_the_plain_formula():
     expected = -logits_NV.double().log_softmax(-1)[torch.arange(2), targets_N]
     torch.testing.assert_close(readings[:, 0], expected, rtol=1e-5, atol=0)
     assert readings[:, 1].tolist() == [0, 1]
+    assert torch.equal(readings[:, 2].float(), logits_NV[torch.arange(2), targets_N])
 
 
 def test_quantised_weights_are_used_and_left_as_they_are(qwen3_nf4, qwen3, text_batch):
