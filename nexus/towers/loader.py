@@ -250,12 +250,12 @@ def _load_model(
     quantise: bool,
 ) -> tuple[PreTrainedModel, CoverageReport]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    keys = _keys_by_parameter(spec, skeleton, checkpoint)
     plan = NOTHING_QUANTISED
     if quantise:
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
+    keys = _keys_by_parameter(spec, skeleton, checkpoint)
     try:
         model, info = model_class.from_pretrained(
             spec.path,
@@ -311,18 +311,19 @@ def _keys_by_parameter(
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     names = skeleton.state_dict()
     found = {}
-    for key, path in checkpoint.weights.items():
-        name, converted_from = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
-        if converted_from is not None or name not in names:
-            continue
-        found[name] = (path, key)
+    for path in checkpoint.files:
         with safe_open(path, framework="pt") as file:
-            shape = tuple(file.get_slice(key).get_shape())
-        if shape != tuple(names[name].shape):
-            raise TowerLoadError(
-                f"Expected shape {tuple(names[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch the "
-                "checkpoint again, or name the class that it was saved from."
-            )
+            for key in file.keys():  # noqa: SIM118  # the file is no mapping
+                name, converted_from = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
+                if converted_from is not None or name not in names:
+                    continue
+                found[name] = (path, key)
+                shape = tuple(file.get_slice(key).get_shape())
+                if shape != tuple(names[name].shape):
+                    raise TowerLoadError(
+                        f"Expected shape {tuple(names[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. "
+                        "Fetch the checkpoint again, or name the class that it was saved from."
+                    )
     return found
 
 

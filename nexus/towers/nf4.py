@@ -123,14 +123,6 @@ def plan_quantisation(
         }
     )
     matrices = tuple(name for name in linears if should_convert_module(name, keep))
-    for name in matrices:
-        # GPT-2's Conv1D keeps its matrix transposed.
-        columns = linears[name].weight.shape[0 if isinstance(linears[name], Conv1D) else 1]
-        if columns % BLOCK:
-            raise TowerLoadError(
-                f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of "
-                f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
-            )
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     quantised = sum(linears[name].weight.numel() for name in matrices)
     unreached = [name for name in experts if should_convert_module(name, keep)]
@@ -141,6 +133,14 @@ def plan_quantisation(
             f"bitsandbytes skips ({len(unreached)} modules, {share:.0%} of the parameters, first {unreached[0]!r}). Use a dense "
             "teacher."
         )
+    for name in matrices:
+        # GPT-2's Conv1D keeps its matrix transposed.
+        columns = linears[name].weight.shape[0 if isinstance(linears[name], Conv1D) else 1]
+        if columns % BLOCK:
+            raise TowerLoadError(
+                f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of "
+                f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
+            )
     if quantised < min_coverage * total:
         raise TowerLoadError(
             f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found "
