@@ -149,7 +149,7 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
         return self.to_context(pooled_BCW), mask_BM.any(dim=-1, keepdim=True).expand(pooled_BCW.shape[:2])
 
     def predict(self, teacher: str, feature: int | str, features: Features) -> Tensor:
-        """The teacher's feature as this adapter sees it: [B, M, H] for a layer, [B, H] for "pooled".
+        """The teacher's feature as this adapter sees it: [B, M, H] for a layer, read at its depth, or [B, H] for "pooled".
 
         Raises:
             KeyError: if the configuration declares no such alignment, or it was dropped for export.
@@ -159,8 +159,10 @@ class Adapter(nn.Module, ABC, Generic[ConfigT]):
             raise KeyError(
                 f"Expected one of the declared alignments {declared}, found {(teacher, feature)}. Declare it."
             )
-        align = self.alignments[declared.index((teacher, feature))]
-        predicted: Tensor = align(features.pooled_BW if feature == POOLED else features.tokens_BMW)
+        index = declared.index((teacher, feature))
+        depth = self.config.alignments[index].depth
+        states = features.pooled_BW if feature == POOLED else features.at_depth(depth)
+        predicted: Tensor = self.alignments[index](states)
         return predicted
 
     def drop_alignments(self) -> None:

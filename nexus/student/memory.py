@@ -289,6 +289,8 @@ class NexusStudent(nn.Module):
 
         Prompts may be padded on either side; rows may mix text, images and sounds. A finished row costs nothing more.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"Expected max_new_tokens of at least 1, found {max_new_tokens}.")
         batch_size = input_ids_BT.shape[0]
         context_BCD, context_mask_BC = self.encode_context(
             input_ids_BT, attention_mask_BT, media or MediaBatch(), tower_mask_BN
@@ -299,16 +301,17 @@ class NexusStudent(nn.Module):
         )
         rows_M = torch.arange(batch_size, device=input_ids_BT.device)
         next_M = memory.step(input_ids_BT, attention_mask_BT).argmax(dim=-1)
-        for length in range(1, max_new_tokens + 1):
-            answers_BT[rows_M, length - 1] = next_M
+        length = 0
+        while True:
+            answers_BT[rows_M, length] = next_M
+            length += 1
             open_M = next_M != eos_token_id
             if length == max_new_tokens or not open_M.any():
-                break
+                return answers_BT[:, :length]
             if not open_M.all():
                 memory.keep_rows(open_M.nonzero().flatten())
                 rows_M, next_M = rows_M[open_M], next_M[open_M]
             next_M = memory.step(next_M[:, None]).argmax(dim=-1)
-        return answers_BT[:, :length]
 
     def drop_alignments(self) -> None:
         """Remove the maps to teachers' spaces, which only training needs; answers stay as they are."""

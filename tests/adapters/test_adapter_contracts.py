@@ -159,7 +159,22 @@ def test_predictions_are_affine_in_the_features_and_have_the_teachers_width(make
     assert adapter.predict("tiny/teacher.a", "pooled", encoded).shape == (3, 12)
     assert adapter.predict("b", 3, encoded).shape == (*encoded.tokens_BMW.shape[:2], 8)
     linear = adapter.alignments[0]
-    torch.testing.assert_close(layer, encoded.tokens_BMW @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(layer, encoded.blocks[-1] @ linear.weight.T + linear.bias)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(("depth", "block"), [(0.01, 0), (0.3, 0), (0.5, 0), (0.8, 1), (1.0, 1)])
+def test_an_alignment_reads_the_block_of_its_depth(make, depth: float, block: int) -> None:
+    adapter = make(alignments=(Alignment("b", 3, 8, depth=depth), Alignment("b", "pooled", 8, depth=depth)))
+    encoded = adapter.features(_inputs(adapter))
+    assert len(encoded.blocks) == 2
+    linear, pooled = adapter.alignments
+    states = encoded.blocks[block]
+    torch.testing.assert_close(adapter.predict("b", 3, encoded), states @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(
+        adapter.predict("b", "pooled", encoded), encoded.pooled_BW @ pooled.weight.T + pooled.bias
+    )
+    assert not torch.allclose(encoded.blocks[0], encoded.blocks[1])
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -217,6 +232,9 @@ def test_mistakes_in_a_configuration_are_named() -> None:
         Alignment("b", "patches", 8)
     with pytest.raises(ConfigError, match="width of teacher 'b' above 0, found 0"):
         Alignment("b", 3, 0)
+    for depth in (0.0, 1.1):
+        with pytest.raises(ConfigError, match=rf"depth of teacher 'b''s feature in \(0, 1\], found {depth}"):
+            Alignment("b", 3, 8, depth=depth)
     with pytest.raises(ConfigError, match="found 'widht'"):
         AudioAdapterConfig.from_dict({"widht": 3})
     with pytest.raises(ConfigError, match="num_context_tokens above 0"):
@@ -306,6 +324,11 @@ def test_a_wrapped_encoder_replaces_the_own_one(make) -> None:
     assert context_BCD.shape == (3, 4, D)
     assert mask_BC.tolist() == [[True] * 4, [True] * 4, [False] * 4]
     assert not hasattr(adapter, "blocks")
+    linear = adapter.alignments[0]  # a wrapped encoder shows its last states only
+    torch.testing.assert_close(
+        adapter.predict("tiny/teacher.a", 3, adapter.features(_inputs(adapter))),
+        projected @ linear.weight.T + linear.bias,
+    )
 
 
 def test_a_wrapped_encoder_and_its_width_come_together() -> None:

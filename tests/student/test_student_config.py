@@ -38,7 +38,7 @@ def test_the_default_is_4096_wide_and_builds_on_meta_with_the_counted_parameters
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (32, 8, 151_936)
     with torch.device("meta"):
         core = NexusStudentCore(config)
-    # 32 layers of 218,112,000 = 41,943,040 attention + 176,160,768 feed-forward + 8,192 norms; 7 ports of 41,955,328; 2 embeddings; a norm.
+    # 32 layers (41,943,040 attention + 176,160,768 feed-forward + 8,192 norms), 7 ports of 41,955,328, 2 embeddings, a norm.
     assert parameter_count(config) == 32 * 218_112_000 + 7 * 41_955_328 + 2 * 151_936 * 4096 + 4096
     assert sum(parameter.numel() for parameter in core.parameters()) == parameter_count(config)
 

@@ -362,6 +362,12 @@ def test_answering_stops_when_every_row_has_ended() -> None:
     assert len(steps) == 1
 
 
+def test_an_answer_has_at_least_one_token() -> None:
+    towers = torch.zeros(5, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        _student().generate(*_text(), tower_mask_BN=towers, max_new_tokens=0, eos_token_id=EOS, pad_token_id=PAD)
+
+
 def test_answering_equals_transformers_generate_on_the_trunk() -> None:
     student, media = _student(), _media()
     ids, mask = _text()

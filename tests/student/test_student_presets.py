@@ -42,7 +42,7 @@ def test_every_preset_builds_on_meta_and_survives_json(path: Path) -> None:
 def test_the_quickstart_student_is_small_and_whole() -> None:
     student = NexusStudent(_quickstart())
     assert list(student.adapters) == ["reasoning", "vision", "audio"]
-    assert sum(parameter.numel() for parameter in student.parameters()) < 620_000
+    assert sum(parameter.numel() for parameter in student.parameters()) < 650_000
 
 
 def test_the_4096_wide_preset_has_the_stated_shape() -> None:
@@ -107,5 +107,5 @@ def test_mistakes_in_a_description_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="description in YAML"):
         load_student_spec(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="mapping at the top of .*, found list"):
+    with pytest.raises(ConfigError, match=r"mapping at the top of .*, found list"):
         load_student_spec(tmp_path / "list.yaml")

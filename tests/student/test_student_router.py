@@ -396,9 +396,9 @@ def test_the_bound_is_one_without_evidence() -> None:
 
 def test_the_threshold_is_the_smallest_whose_risk_is_bounded() -> None:
     router = _trained()
-    embedding, labels = _labelled(1500, 5, 0.004)
+    embedding, labels = _labelled(1500, 5, 0.03)
     available = _available(1500)
-    router.calibrate(*_labelled(500, 4, 0.004))
+    router.calibrate(*_labelled(500, 4, 0.03))
     fit = router.fit_threshold(embedding, labels, available)
     assert fit.threshold is not None
     assert router.threshold == fit.threshold
