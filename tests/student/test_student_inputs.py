@@ -69,5 +69,5 @@ def test_media_are_read_from_where_the_row_says(tmp_path: Path) -> None:
 
 
 def test_a_kind_without_a_tower_is_refused(spec: StudentSpec) -> None:
-    with pytest.raises(DataError, match="found a video. The student has no tower"):
+    with pytest.raises(DataError, match=r"found a video\. The student has no tower"):
         record_media([_record(7, Media("video", b"film"))], spec, snr_db=[None])
