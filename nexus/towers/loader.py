@@ -229,7 +229,8 @@ def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
 def _processor(spec: TeacherSpec) -> Any:
     # Images first: an image processor's file also satisfies AutoFeatureExtractor in some versions, the reverse is never so.
     errors = []
-    for auto in (AutoImageProcessor, AutoFeatureExtractor):
+    candidates: tuple[Any, ...] = (AutoImageProcessor, AutoFeatureExtractor)
+    for auto in candidates:
         try:
             return auto.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
         except Exception as error:  # as in _skeleton
