@@ -36,7 +36,7 @@ from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.registry import TeacherSpec
 from nexus.towers.targets import ScoreRequest
 
-# As in the recipes for tiny builds: 64 wide because NF4 needs rows that are a multiple of 64 long.
+# 64 wide because NF4 needs rows that are a multiple of 64 long.
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -174,7 +174,7 @@ def test_weight_errors_are_those_of_the_checkpoint(qwen: LoadedTower, qwen_folde
             weight = original.get_submodule(module.name).weight.detach().float()
             error = (dequantised(qwen.model.get_submodule(module.name)) - weight).norm() / weight.norm()
             assert module.weight_error == pytest.approx(float(error), rel=1e-5)
-            # Normally distributed weights: .092, see algorithms on NF4; a matrix of 64 x 32 scatters around it.
+            # Normally distributed weights: .092; a matrix of 64 x 32 scatters around it.
             assert 0.08 < module.weight_error < 0.105
     assert qwen.coverage.max_weight_error == max(
         m.weight_error for m in qwen.coverage.modules if m.weight_error is not None

@@ -75,7 +75,7 @@ def test_every_class_of_transformers_exists_and_has_the_entrys_model_type(regist
     assert checked == 14
 
 
-def test_every_teacher_has_contracts_and_those_of_the_design(registry: TeacherRegistry) -> None:
+def test_every_teacher_has_contracts_with_its_bound(registry: TeacherRegistry) -> None:
     for entry in registry.teachers:
         assert registry.contracts_of(entry.id).keys() == set(entry.capabilities)
     reasoning = registry.contracts_of("agentcpm-explore")["reasoning"]
