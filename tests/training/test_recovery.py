@@ -662,6 +662,12 @@ def test_an_endless_run_of_nans_ends_the_run_without_a_trace() -> None:
     assert len(run.actions) == 63
 
 
+def test_nans_that_are_not_in_a_row_do_not_end_the_run() -> None:
+    recovery = bare(RecoveryConfig(max_nonfinite=3))
+    actions = feed(recovery, [(math.nan, 1.0), (math.nan, 1.0), (2.0, 1.0)] * 4)
+    assert actions == ["skip", "skip", "step"] * 4
+
+
 def test_infinite_parameters_go_to_any_snapshot_there_is_and_without_one_end_the_run() -> None:
     recovery = bare()
     recovery.snapshot(0)
