@@ -5,9 +5,11 @@ KD_t depends on what the teacher gives:
 - a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) on its top-k and tail, at every token of its own answer;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
   distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
-- a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`).
-A_t anchors the student to the teacher's critical layers: the tower's features where the teacher's modality has a tower, else the
-trunk's last states, each through an affine map that only training has.
+- a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`),
+  and the same divergence over the labels themselves, from the pooled features of the tower.
+A_t anchors the student to the teacher's critical layers, each through an affine map that only training has, and depth to depth: the
+block of the tower, or the layer of the trunk, at the teacher's layer's relative depth. Language teachers anchor the trunk, and the
+reasoning tower where their rows use it; encoders anchor their modality's tower.
 
 Shape letters: B rows, T tokens, V vocabulary, N scored tokens, H a teacher's width, M feature tokens, P a teacher's positions.
 """
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from nexus.adapters.base import Adapter, Alignment, Features
+from nexus.adapters.base import POOLED, Adapter, AdapterConfig, Alignment, Features
 from nexus.config import TOWERS
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.records import Record
@@ -74,7 +76,7 @@ class DistillationObjective(nn.Module):
             {
                 _key(teacher.id, layer): nn.Linear(width, teacher.hidden_size)
                 for teacher in teachers
-                if teacher.role == "causal_lm" and not _declared(student.spec, "reasoning", teacher.id)
+                if teacher.role == "causal_lm"
                 for layer, _ in teacher.critical_layers
             }
         )
@@ -132,7 +134,9 @@ class DistillationObjective(nn.Module):
         passed = self._forward(records, completions)
         if teacher.label_texts is not None:
             assert targets is not None and targets.label_logprobs_BC is not None
-            divergence = self._classifier_divergence(teacher, passed, targets)
+            divergence = self._classifier_divergence(teacher, passed, targets) + self._tower_divergence(
+                teacher, passed, targets
+            )
             kd = kd_loss(divergence, temperature=self._temperature)
         elif teacher.shares_tokenizer:
             assert targets is not None
@@ -166,7 +170,7 @@ class DistillationObjective(nn.Module):
             media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
             output_hidden_states=True,
         )
-        return _Passed(batch, output.trunk.logits, output.trunk.hidden_states[-1], output.encoded.features)
+        return _Passed(batch, output.trunk.logits, output.trunk.hidden_states, output.encoded.features)
 
     def _token_divergence(self, passed: _Passed, targets: TeacherTargets) -> Tensor:
         tokens = targets.tokens
@@ -201,43 +205,74 @@ class DistillationObjective(nn.Module):
             tail_logprob_BT=torch.full((1, count), -torch.inf),
         )
 
+    def _tower_divergence(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
+        """KL(teacher || tower) over the labels, from the tower's pooled features alone; nats per row.
+
+        Through the ports the labels say little while the tower is untrained and the gates are nearly shut.
+        """
+        adapter, features = self._tower(teacher, passed)
+        logits_BC = adapter.predict(teacher.id, POOLED, features) / self._temperature
+        label_logprobs_BC = torch.from_numpy(targets.label_logprobs_BC)
+        return F.kl_div(logits_BC.log_softmax(dim=-1), label_logprobs_BC, log_target=True, reduction="batchmean")
+
     def _anchor(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets | None, like: Tensor) -> Tensor:
         """Weighted distance to the critical layers; exactly 0 without any."""
         total = like.new_zeros(())
         for layer, weight in teacher.critical_layers:
             assert targets is not None
-            target = torch.from_numpy(targets.hidden[layer]).float()
-            predicted, target = self._aligned(teacher, layer, passed, target, targets)
-            mask_BT = torch.ones(predicted.shape[:-1], dtype=torch.bool)
-            standardiser = self.standardisers[_key(teacher.id, layer)]
-            standardiser.update(target, mask_BT)
-            total = total + weight * cosine_smooth_l1_anchor(predicted, standardiser(target), mask_BT)
+            states = torch.from_numpy(targets.hidden[layer]).float()
+            pairs = (
+                self._language_pairs(teacher, layer, passed, states, targets)
+                if teacher.role == "causal_lm"
+                else self._encoder_pairs(teacher, layer, passed, states)
+            )
+            distances = [self._distance(_key(teacher.id, layer), *pair) for pair in pairs]
+            total = total + weight * torch.stack(distances).mean()
         return total
 
-    def _aligned(
-        self, teacher: TeacherFacts, layer: int, passed: _Passed, target: Tensor, targets: TeacherTargets
-    ) -> tuple[Tensor, Tensor]:
-        """The student's prediction and the teacher's state, both [B, positions, H]."""
-        tower = _tower_of(self.student.spec, teacher.id)
-        if tower is None:
-            align = self.trunk_alignments[_key(teacher.id, layer)]
-            if teacher.shares_tokenizer:
-                return align(passed.scored_states_ND)[None], target[None]
+    def _distance(self, key: str, predicted_BTH: Tensor, target_BTH: Tensor) -> Tensor:
+        mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool)
+        standardiser = self.standardisers[key]
+        standardiser.update(target_BTH, mask_BT)
+        return cosine_smooth_l1_anchor(predicted_BTH, standardiser(target_BTH), mask_BT)
+
+    def _language_pairs(
+        self, teacher: TeacherFacts, layer: int, passed: _Passed, states_NH: Tensor, targets: TeacherTargets
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Predicted and real states of one layer, [1, N, H] or, where tokens differ, [B, 1, H]: by the trunk's layer of the same
+        depth, and by the reasoning tower where the teacher has one."""
+        align = self.trunk_alignments[_key(teacher.id, layer)]
+        trunk_BTD = passed.trunk_at_depth((layer + 1) / teacher.num_layers)
+        if not teacher.shares_tokenizer:
             # Other tokens, other positions: the means over the answer are what both have.
             assert targets.tokens is not None
             lengths = torch.from_numpy(targets.tokens.offsets_B1).diff().tolist()
-            means_BH = torch.stack([part.mean(dim=0) for part in target.split(lengths)])
-            return align(passed.mean_states_BD)[:, None], means_BH[:, None]
+            means_BH = torch.stack([part.mean(dim=0) for part in states_NH.split(lengths)])
+            return [(align(passed.mean_over_answer(trunk_BTD))[:, None], means_BH[:, None])]
+        pairs = [(align(passed.scored(trunk_BTD))[None], states_NH[None])]
+        if _tower_of(self.student.spec, teacher.id) is not None:
+            adapter, features = self._tower(teacher, passed)
+            predicted_BTH = adapter.predict(teacher.id, layer, features)
+            pairs.append((passed.scored(predicted_BTH)[None], states_NH[None]))
+        return pairs
+
+    def _encoder_pairs(
+        self, teacher: TeacherFacts, layer: int, passed: _Passed, states_BPH: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Predicted and real states of one layer, both [B, M, H]."""
+        adapter, features = self._tower(teacher, passed)
+        predicted_BMH = adapter.predict(teacher.id, layer, features)
+        if states_BPH.shape[1] != predicted_BMH.shape[1]:
+            # Another number of patches or frames: average the teacher's neighbouring positions to the student's grid.
+            states_BPH = F.adaptive_avg_pool1d(states_BPH.transpose(1, 2), predicted_BMH.shape[1]).transpose(1, 2)
+        return [(predicted_BMH, states_BPH)]
+
+    def _tower(self, teacher: TeacherFacts, passed: _Passed) -> tuple[Adapter[AdapterConfig], Features]:
+        tower = _tower_of(self.student.spec, teacher.id)
+        assert tower is not None
         adapter = self.student.adapters[tower]
         assert isinstance(adapter, Adapter)
-        _, features = passed.features[tower]
-        predicted_BMH = adapter.predict(teacher.id, layer, features)
-        if teacher.role == "causal_lm":
-            return predicted_BMH[:, :-1][passed.scored_mask_BT][None], target[None]
-        if target.shape[1] != predicted_BMH.shape[1]:
-            # Another number of patches or frames: average the teacher's neighbouring positions to the student's grid.
-            target = F.adaptive_avg_pool1d(target.transpose(1, 2), predicted_BMH.shape[1]).transpose(1, 2)
-        return predicted_BMH, target
+        return adapter, passed.features[tower][1]
 
 
 @dataclass(frozen=True)
@@ -246,7 +281,8 @@ class _Passed:
 
     batch: TokenBatch
     logits_BTV: Tensor
-    states_BTD: Tensor
+    states: tuple[Tensor, ...]
+    """The trunk's embeddings and each layer's output [B, T, D]."""
     features: Mapping[str, tuple[Tensor, Features]]
 
     @property
@@ -260,17 +296,20 @@ class _Passed:
 
     @property
     def scored_logits_NV(self) -> Tensor:
-        return self.logits_BTV[:, :-1][self.scored_mask_BT]
+        return self.scored(self.logits_BTV)
 
-    @property
-    def scored_states_ND(self) -> Tensor:
-        return self.states_BTD[:, :-1][self.scored_mask_BT]
+    def scored(self, values_BTX: Tensor) -> Tensor:
+        """[N, X]: the values at the positions that predict scored tokens."""
+        return values_BTX[:, :-1][self.scored_mask_BT]
 
-    @property
-    def mean_states_BD(self) -> Tensor:
-        """Mean of the states that predict each row's completion."""
+    def mean_over_answer(self, values_BTX: Tensor) -> Tensor:
+        """[B, X]: their mean over each row."""
         mask_BT1 = self.scored_mask_BT[..., None]
-        return (self.states_BTD[:, :-1] * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
+        return (values_BTX[:, :-1] * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
+
+    def trunk_at_depth(self, depth: float) -> Tensor:
+        """[B, T, D]: output of the trunk's layer at a relative depth in (0, 1]."""
+        return self.states[max(1, round(depth * (len(self.states) - 1)))]
 
     def cross_entropy(self) -> Tensor:
         """Nats per scored token."""
@@ -308,6 +347,8 @@ def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], tow
                 Alignment(teacher.id, layer, teacher.hidden_size, depth=(layer + 1) / teacher.num_layers)
                 for layer, _ in teacher.critical_layers
             )
+            if teacher.label_texts is not None:
+                alignments[tower].append(Alignment(teacher.id, POOLED, len(teacher.label_texts)))
     for tower, entries in alignments.items():
         spec = spec.with_alignments(tower, entries)
     return spec
@@ -319,7 +360,7 @@ def label_token_ids(label_texts: Sequence[str], tokenizer: PreTrainedTokenizerBa
     return [tuple(int(token) for token in row.completion_ids) for row in tokenise_rows(records, tokenizer)]
 
 
-def _key(teacher: str, layer: int) -> str:
+def _key(teacher: str, layer: int | str) -> str:
     # Module names may not hold dots, teacher ids may.
     return f"{teacher.replace('.', '_')}:{layer}"
 

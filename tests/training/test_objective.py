@@ -65,7 +65,8 @@ def test_the_anchor_trains_the_alignment_and_what_feeds_it(spec, tokenizer):
     loss = objective.teacher_loss(Assignment("same", "math"), rows, token_targets(teacher, rows, tokenizer))
     trained = _gradient_names(objective, loss.anchor)
     assert {name for name in trained if "alignments" in name} == {
-        f"student.adapters.reasoning.alignments.{index}.{part}" for index in (0, 1) for part in ("weight", "bias")
+        *(f"student.adapters.reasoning.alignments.{index}.{part}" for index in (0, 1) for part in ("weight", "bias")),
+        *(f"trunk_alignments.same:{layer}.{part}" for layer in (0, 3) for part in ("weight", "bias")),
     }
     assert "student.core.embed_tokens.weight" in trained
 
@@ -140,7 +141,14 @@ def test_a_classifier_teaches_text_and_its_patches_teach_the_tower(spec, tokeniz
     loss = objective.teacher_loss(Assignment("labels", "sight"), rows, label_targets(teacher, rows, positions=positions))
     assert any(name.startswith("student.core.layers") for name in _gradient_names(objective, loss.kd))
     anchored = _gradient_names(objective, loss.anchor)
-    assert any(name.startswith("student.adapters.vision.alignments") for name in anchored)
+    maps = "student.adapters.vision.alignments."
+    assert {name for name in anchored if name.startswith(maps)} == {
+        f"{maps}{index}.{part}" for index in (0, 1) for part in ("weight", "bias")
+    }
+    # The third map reads the labels from the pooled features, which the divergence trains.
+    assert {name for name in _gradient_names(objective, loss.kd) if name.startswith(maps)} == {
+        f"{maps}2.{part}" for part in ("weight", "bias")
+    }
     assert not any(name.startswith("student.core") for name in anchored)
 
 
@@ -157,11 +165,14 @@ def test_the_classifier_s_divergence_is_that_of_its_labels(spec, tokenizer):
     logq = passed.scored_logits_NV.log_softmax(-1)
     paths = label_token_ids(teacher.label_texts, tokenizer)
     p = np.exp(targets.label_logprobs_BC[0].astype(np.float64))
+    tower = objective.student.adapters["vision"]
+    label_logq = tower.predict("labels", "pooled", passed.features["vision"][1])[0].log_softmax(-1).detach().numpy()
+    own = (p * (np.log(p) - label_logq)).sum()
     first = sum(p[c] * (np.log(p[c]) - float(logq[0, paths[c][0]].detach())) for c in (0, 1))
     # After the first digit the teacher is certain: the label ends.
     rest = -float(logq[1, paths[0][-1]].detach())
     assert batch.loss_mask_BT.sum() == 2
-    assert float(loss.kd.detach()) == pytest.approx((first + rest) / 2, rel=1e-4)
+    assert float(loss.kd.detach()) == pytest.approx((first + rest) / 2 + own, rel=1e-4)
 
 
 def test_gold_rows_of_several_capabilities_share_one_pass_and_equal_their_own(spec, tokenizer):
