@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.session import Session
-from nexus.artifacts import Metrics, QuantisationTax, Retention, RouterMetrics, StageMetrics, StageRecord, StrictModel
-from nexus.artifacts import read_artifact, write_artifact
+from nexus.artifacts import (
+    Metrics,
+    QuantisationTax,
+    Retention,
+    RouterMetrics,
+    StageMetrics,
+    StageRecord,
+    StrictModel,
+    read_artifact,
+    write_artifact,
+)
 from nexus.assembly.evaluate import build_retention, quantisation_tax, router_metrics, score_answers
 from nexus.assembly.report import SampleRow, Samples
 from nexus.config import DataConfig, resolve_path
@@ -226,7 +235,7 @@ def _samples(
     said: dict[str, tuple[Answer, ...]],
 ) -> list[SampleRow]:
     """The first rows side by side; chosen before any answer is known."""
-    from nexus.student.inputs import read_media
+    from nexus.data.media import read_media
 
     return [
         SampleRow(

@@ -6,7 +6,7 @@ Ray histogram is an estimate from bucket midpoints. `configs/grafana.json` draws
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
@@ -54,11 +54,11 @@ class TrainerMetrics:
         (self.rollbacks if action == "rollback" else self.skipped).inc(1, tags=self._student)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counter(name: str, description: str, tags: tuple[str, ...]) -> Counter:
     return Counter(name, description=description, tag_keys=tags)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gauge(name: str, description: str, tags: tuple[str, ...]) -> Gauge:
     return Gauge(name, description=description, tag_keys=tags)

@@ -94,7 +94,7 @@ class StudentActor:
     ) -> tuple[Answer, ...]:
         """Answers of the student `name` (`distilled` or `labels_only`); `towers` None lets its router choose."""
         from nexus.assembly.bundle import InputRow
-        from nexus.student.inputs import read_media
+        from nexus.data.media import read_media
         from nexus.student.preprocess import Noise
 
         if name not in self._students:

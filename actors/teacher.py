@@ -122,12 +122,15 @@ class TeacherActor:
     def _loaded(self) -> TeacherEngine:
         if self._engine is None:
             import torch
+            from transformers.utils.logging import disable_progress_bar
 
             from actors.metrics import TeacherMetrics
             from nexus.towers.engine import TeacherEngine
             from nexus.towers.loader import load_tower
 
             torch.set_num_threads(self._torch_threads)
+            # One bar per checkpoint would bury the run's own news.
+            disable_progress_bar()
             start = time.perf_counter()
             tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+from pathlib import Path
 
 import numpy as np
 import soundfile
 from PIL import Image
 from scipy.signal import resample_poly
 
+from nexus.data.records import Media
 from nexus.errors import DataError
 
 
@@ -76,3 +78,19 @@ def add_noise(waveform: np.ndarray, row_id: str, snr_db: float) -> np.ndarray:
 def _unreadable(expected: str, data: bytes, reason: object) -> str:
     start = " ".join(str(reason).split())
     return f"expected {expected}; found {len(data)} bytes that cannot be decoded ({start}); replace the file or drop the row"
+
+
+def read_media(media: Media) -> bytes:
+    """The encoded bytes, read from disk where the row names a path.
+
+    Raises:
+        DataError: when the file cannot be read.
+    """
+    if isinstance(media.data, bytes):
+        return media.data
+    try:
+        return Path(media.data).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"Expected the {media.kind} {media.data}, found: {error.strerror}. Restore the file or remove its row."
+        ) from None

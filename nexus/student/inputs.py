@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from nexus.data.records import Media, Record
+from nexus.data.media import read_media
+from nexus.data.records import Record
 from nexus.errors import DataError
 from nexus.student.memory import MediaBatch
 from nexus.student.preprocess import MediaInput, Noise, media_batch
 from nexus.student.presets import StudentSpec
-
-
-def read_media(media: Media) -> bytes:
-    """The encoded bytes, read from disk where the row names a path.
-
-    Raises:
-        DataError: when the file cannot be read.
-    """
-    if isinstance(media.data, bytes):
-        return media.data
-    try:
-        return Path(media.data).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"Expected the {media.kind} {media.data}, found: {error.strerror}. Restore the file or remove its row."
-        ) from None
 
 
 def record_media(records: Sequence[Record], spec: StudentSpec, *, snr_db: Sequence[float | None]) -> MediaBatch:

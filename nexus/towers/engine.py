@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus.config import Role
+from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError
 from nexus.profiling.consolidation import BatchMeasurement
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
-from nexus.student.inputs import read_media
 from nexus.towers import causal_lm, encoder
 from nexus.towers.blocks import block_width
 from nexus.towers.loader import LoadedTower, load_tower

@@ -83,4 +83,5 @@ def _equal(a: object, b: object) -> bool:
         return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return a == b
+    # An array against None has no single truth value.
+    return type(a) is type(b) and a == b

@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from nexus.adapters.base import POOLED, Adapter, AdapterConfig, Alignment, Features
 from nexus.config import TOWERS
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
+from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError, TowerLoadError
-from nexus.student.inputs import read_media, record_media
+from nexus.student.inputs import record_media
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec
 from nexus.towers.targets import ScoreRequest, TeacherTargets
@@ -38,6 +39,7 @@ from nexus.training.divergence import distill_divergence_topk, kd_loss, topk_tai
 from nexus.training.facts import CapabilityFacts, TeacherFacts
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
 from nexus.training.labels import LabelTokens
+
 
 @dataclass(frozen=True)
 class TeacherLoss:

@@ -19,9 +19,9 @@ from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.towers.registry import shipped_config
 from nexus.training.batches import Assignment, RecordStream, StepBatches
 from nexus.training.checkpoint import load_checkpoint
+from nexus.training.facts import CapabilityFacts, TeacherFacts
 from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
 from nexus.training.loss import GradientSurgeryLoss
-from nexus.training.facts import CapabilityFacts, TeacherFacts
 from nexus.training.objective import DistillationObjective, align_with_teachers
 from nexus.training.recovery import RecoveryConfig, SampleQuarantine
 
