@@ -156,6 +156,7 @@ class DistillationLoop:
         )
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._parts: dict[str, Stateful] = {f"standardiser.{key}": part for key, part in objective.standardisers.items()}
+        self._parts["generator"] = _GeneratorState(self._generator)
         if surgery is not None:
             self._parts["surgery"] = surgery
         self.recovery = RecoveryStep(
@@ -217,9 +218,7 @@ class DistillationLoop:
             self._forget()
         else:
             if action == "step":
-                self.optimizer.step()
-                self.scheduler.step()
-                self.step += 1
+                self._step()
             self.batches.advance()
             self._asked -= 1
         return StepReport(
@@ -239,6 +238,19 @@ class DistillationLoop:
             restored_step=restored,
         )
 
+    def _step(self) -> None:
+        warming_up, phase = self._warming_up, self.scheduler.phase
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        if (self._warming_up, self.scheduler.phase) != (warming_up, phase):
+            # The level of the loss is about to change for a known reason.
+            self.recovery.rebaseline("the learning rate's phase or the teachers' baselines changed")
+
+    @property
+    def _warming_up(self) -> bool:
+        return self._surgery is not None and self._surgery.warming_up
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights: plain values and tensors, for `load_state_dict` of a loop built alike."""
         return {
@@ -249,7 +261,6 @@ class DistillationLoop:
             "batches": self.batches.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "rng": torch.get_rng_state(),
-            "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,7 +274,6 @@ class DistillationLoop:
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
         torch.set_rng_state(state["rng"])
-        self._generator.set_state(state["generator"])
         self._forget()
 
     # --- targets --------------------------------------------------------------------------------------------------------------
@@ -357,6 +367,19 @@ class DistillationLoop:
         for parameter, gradient in zip(shared, gold or (), strict=False):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient
+
+
+class _GeneratorState:
+    """A torch generator as a part of the training state: the order of PCGrad's projections is drawn from it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> Tensor:
+        return self._generator.get_state()
+
+    def load_state_dict(self, state: Tensor) -> None:
+        self._generator.set_state(state)
 
 
 def _key(batch: StepBatch, assignment: Assignment) -> Hashable:
