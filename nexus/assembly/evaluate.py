@@ -10,12 +10,12 @@ Shape letters: B rows, N scored items (tokens or rows), C classes or vocabulary,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nexus.artifacts import QuantisationTax, Retention, RouterMetrics
+from nexus.data.answers import AnswerPattern, extract_answer, gold_answer
 from nexus.errors import DataError
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
@@ -30,7 +30,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 
-def score_answers(predictions: Sequence[str], answers: Sequence[str], kind: Literal["gsm8k", "exact"]) -> BoolArray:
+def score_answers(predictions: Sequence[str], answers: Sequence[str], kind: AnswerPattern) -> BoolArray:
     """bool [B]: which predictions give the gold answer.
 
     `gsm8k` compares the normalised numbers after `####`, `exact` the whole texts without outer white space. A prediction without
@@ -44,13 +44,9 @@ def score_answers(predictions: Sequence[str], answers: Sequence[str], kind: Lite
             f"Expected one prediction for each of {len(answers)} gold answers, found {len(predictions)}. "
             "Score the rows that were generated, all of them, in their order."
         )
-    # Imported on use: it brings torch along, which nobody needs who only reads or draws results.
-    from nexus.profiling.reasoning_eval import extract_answer
-
     correct = np.zeros(len(answers), dtype=bool)
     for row, (prediction, answer) in enumerate(zip(predictions, answers, strict=True)):
-        # A bare number is as good a gold answer as one behind `####`.
-        gold = extract_answer(answer if kind == "exact" or "####" in answer else f"#### {answer}", kind)
+        gold = gold_answer(answer, kind)
         if gold is None:
             raise DataError(
                 f"Expected a gold answer of kind {kind!r}, found {answer[:60]!r} in held-out row {row}. "

@@ -5,23 +5,19 @@ Prompts are padded on the left and masked, so that neither the batch size nor a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nexus.data.answers import AnswerPattern, extract_answer, gold_answer
 from nexus.profiling.decoding import stop_tokens
 from nexus.profiling.layers import undisturbed
 
-AnswerPattern = Literal["gsm8k", "exact"]
-
-# GSM8K writes "... #### 1,234"; whatever a model goes on to say is on later lines.
-_FINAL_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
+__all__ = ["AnswerPattern", "EvaluationResult", "evaluate_batch", "extract_answer"]
 
 
 @dataclass(frozen=True)
@@ -35,23 +31,6 @@ class EvaluationResult:
     """Share of correct rows."""
     answers: tuple[str | None, ...]
     """What `extract_answer` found in each prediction; None where it found nothing."""
-
-
-def extract_answer(text: str, pattern: AnswerPattern) -> str | None:
-    """Return the answer that `text` gives, normalised so that equal answers are equal strings.
-
-    Args:
-        text: a completion, or a gold answer.
-        pattern: "exact" takes all of the stripped text; "gsm8k" the rest of the line after the first `####`, numbers without
-            currency signs, thousands separators, a closing full stop or trailing zeros.
-
-    Returns:
-        None when there is no (non-empty) answer.
-    """
-    if pattern == "exact":
-        return text.strip() or None
-    match = _FINAL_ANSWER.search(text)
-    return None if match is None else _normalised_number(match.group(1)) or None
 
 
 def evaluate_batch(
@@ -78,7 +57,7 @@ def evaluate_batch(
         raise ValueError(f"Expected one answer per prompt and at least one, found {len(prompts)} and {len(answers)}.")
     if batch_size < 1:
         raise ValueError(f"Expected batch_size of at least 1, found {batch_size}.")
-    gold = [_gold_answer(answer, answer_pattern) for answer in answers]
+    gold = [gold_answer(answer, answer_pattern) for answer in answers]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for row, (answer, ids) in enumerate(zip(gold, encoded, strict=True)):
         if answer is None or not ids:
@@ -121,23 +100,3 @@ def _generate(
         length = next((position for position, token in enumerate(row) if token in stop.eos_ids), len(row))
         completions.append(str(tokenizer.decode(row[:length], skip_special_tokens=True)))
     return completions
-
-
-def _gold_answer(answer: str, pattern: AnswerPattern) -> str | None:
-    if pattern == "gsm8k" and "####" not in answer:
-        return _normalised_number(answer) or None
-    return extract_answer(answer, pattern)
-
-
-def _normalised_number(text: str) -> str:
-    """Return a canonical spelling of a number; other text only stripped."""
-    stripped = text.strip()
-    digits = stripped.replace(",", "").replace("$", "").rstrip(".").strip()
-    try:
-        number = Decimal(digits)
-    except InvalidOperation:
-        return stripped
-    if not number.is_finite():
-        return stripped
-    # "f" without normalising first would keep 18.00; normalising alone would write 1E+3 and -0.
-    return format(number.normalize() + 0, "f")

@@ -6,9 +6,7 @@ actor and is all that `nexus.towers.loader` needs. Nothing here imports torch, a
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping
@@ -181,21 +179,17 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 
 
 def shipped_config(name: str) -> Path:
-    """The path of `configs/<name>` as shipped: beside the installed package, or in the source tree.
+    """The path of `configs/<name>` as shipped: beside the package, where a source tree and a wheel both have it.
+
+    A folder `configs` in the working directory is the user's own and is not looked at.
 
     Raises:
-        ConfigError: when it is in neither place.
+        ConfigError: when it is not there.
     """
-    folders = [Path(__file__).resolve().parents[2] / "configs"]
-    # A wheel installs the folder as a package of data; in a source tree the same name is importable as a namespace.
-    with contextlib.suppress(ModuleNotFoundError):
-        folders.insert(0, Path(str(importlib.resources.files("configs"))))
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(
-        f"Expected configs/{name} beside nexus, found it in none of {', '.join(map(str, folders))}. Reinstall nexus."
-    )
+    path = Path(__file__).resolve().parents[2] / "configs" / name
+    if not path.is_file():
+        raise ConfigError(f"Expected configs/{name} beside nexus, found no {path}. Reinstall nexus.")
+    return path
 
 
 def load_registry(path: Path | None = None) -> TeacherRegistry:

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from nexus.profiling.reasoning_eval import evaluate_batch, extract_answer
+from nexus.profiling.reasoning_eval import evaluate_batch
 
 
 def word_tokenizer(tokens: list[str], **special: str) -> PreTrainedTokenizerFast:
@@ -163,35 +163,3 @@ def test_the_model_is_left_in_training_mode(lookup_task, lookup_tokenizer):
 def test_rows_that_cannot_be_scored_are_refused(lookup_task, lookup_tokenizer, prompts, answers, batch_size, message):
     with pytest.raises(ValueError, match=message):
         evaluate_batch(lookup_task.model, lookup_tokenizer, prompts, answers, max_new_tokens=1, batch_size=batch_size)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("He has 5 apples.\n#### 18", "18"),
-        ("#### 1,234", "1234"),
-        ("####$1,200.50", "1200.5"),
-        ("#### 18.00\nNext question: 3 #### 4", "18"),
-        ("#### 18.", "18"),
-        ("#### 1000", "1000"),
-        ("#### -7", "-7"),
-        ("#### -0.0", "0"),
-        ("#### 0.10", "0.1"),
-        ("#### 1e3", "1000"),
-        ("####   Paris ", "Paris"),
-        ("#### nan", "nan"),
-        ("####", None),
-        ("####\n18", None),
-        ("the answer is 18", None),
-        ("", None),
-    ],
-)
-def test_gsm8k_answers_are_what_follows_the_marks_as_a_number(text, expected):
-    assert extract_answer(text, "gsm8k") == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [(" [1, 2]\n", "[1, 2]"), ("18.0", "18.0"), ("#### 1", "#### 1"), (" \n", None)]
-)
-def test_exact_answers_are_the_stripped_text(text, expected):
-    assert extract_answer(text, "exact") == expected

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.server
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -98,29 +100,22 @@ def test_memory_estimates_are_at_least_the_bits_of_nf4(registry: TeacherRegistry
 
 
 def test_the_registry_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys; from nexus.towers.registry import load_registry; load_registry(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout.strip() == "False"
 
 
-def test_shipped_configurations_are_found_in_an_installed_folder_first(
+def test_a_user_s_own_folder_of_configurations_does_not_hide_the_shipped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
-    installed = tmp_path / "configs"
-    installed.mkdir()
-    (installed / "__init__.py").write_text("")
-    (installed / "only-installed.yaml").write_text("{}")
+    own = tmp_path / "configs"
+    own.mkdir()
+    (own / "__init__.py").write_text("")
+    (own / "teachers.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "configs", raising=False)
-    assert shipped_config("only-installed.yaml") == installed / "only-installed.yaml"
-    # What the installed folder lacks still comes from the source tree.
-    assert shipped_config("teachers.yaml").is_file()
-    sys.modules.pop("configs", None)
+    assert shipped_config("teachers.yaml") == Path(__file__).parents[2] / "configs" / "teachers.yaml"
 
 
 def test_missing_shipped_configuration_says_where_it_was_looked_for() -> None:
