@@ -109,14 +109,6 @@ def guarded(command: Callable[[], Any]) -> int:
     return result if isinstance(result, int) else ExitCodes.DONE
 
 
-def run_script(last: str) -> None:
-    """What the scripts of this folder do: the stages' command line for one last stage, then exit."""
-    from jobs.cli import app
-
-    sys.argv = [sys.argv[0], last, *sys.argv[1:]]
-    app()
-
-
 def _load(options: RunOptions) -> tuple[RunConfig, Path, str]:
     from nexus.towers.registry import shipped_config
 

@@ -11,6 +11,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # A submitted job runs from the uploaded tree, where nothing is installed and only this folder is on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from jobs.execute import run_script
+    from jobs.script import run_script
 
     run_script("pipeline")
