@@ -68,18 +68,19 @@ class _TeacherCaller:
             out["answer"].append(pickle.dumps(self._ask(str(teacher), payload)))
         return out
 
-    def _ask(self, teacher: str, payload: bytes) -> tuple[tuple[Record, ...], Any]:
+    def _ask(self, teacher: str, payload: bytes) -> tuple[tuple[Record, ...], bytes]:
+        """The rows and what the teacher said, still packed: unpacking here would load the libraries of its classes."""
         content = pickle.loads(payload)  # nosec B301: written by `_Reader`
         if isinstance(content, NexusError):
-            return (), content
+            return (), pickle.dumps(content)
         records, method, arguments = content
         self._calls += 1
-        self._pool.submit(self._calls, teacher, method, records, *arguments)
+        self._pool.submit(self._calls, teacher, "packed", method, records, *arguments)
         try:
             return records, self._pool.collect(self._calls)
         except NexusError as error:
             # Carried to the driver as a value: an exception here would be wrapped by Ray Data, and retried.
-            return records, error
+            return records, pickle.dumps(error)
 
 
 class _Reader:
@@ -157,7 +158,8 @@ def stream_answers(
     dataset.set_name(name)
     for batch in dataset.iter_batches(batch_size=1, batch_format="numpy"):
         for work_index, payload in zip(batch["work"], batch["answer"]):
-            records, result = pickle.loads(payload)  # nosec B301: written by `_TeacherCaller`
+            records, packed = pickle.loads(payload)  # nosec B301: written by `_TeacherCaller`
+            result = pickle.loads(packed)  # nosec B301: written by `TeacherActor.packed`
             if isinstance(result, BaseException):
                 raise result
             yield TeacherAnswer(int(work_index), records, result)

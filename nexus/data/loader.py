@@ -25,14 +25,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
-
-from nexus.data.collate import PaddingSide, TokenBatch, TokenisedRow, check_length, pad_rows, tokenise_rows
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import (
     PROMPT_COLUMNS,
@@ -45,6 +42,12 @@ from nexus.data.records import (
     normalise_row,
 )
 from nexus.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    # Ray's reading workers stream records only: torch, which tokenised batches need, would cost each of them 150 MiB.
+    from transformers import PreTrainedTokenizerBase
+
+    from nexus.data.collate import PaddingSide, TokenBatch, TokenisedRow
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +229,7 @@ class SmartBatchLoader:
             "buffer_rows": buffer_rows,
             "vocabulary": len(tokenizer),
         }
-        self._stream = _WindowStream[TokenisedRow, tuple[TokenisedRow, ...]](
+        self._stream: _WindowStream[TokenisedRow, tuple[TokenisedRow, ...]] = _WindowStream(
             _RowSource(paths, capability=capability, quarantine=self.quarantine),
             _TokenPlan(tokenizer, self.quarantine, batch_size=batch_size, max_length=max_length),
             seed=shuffle_seed,
@@ -241,6 +244,8 @@ class SmartBatchLoader:
         return self._stream.epoch
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        from nexus.data.collate import pad_rows
+
         while (rows := self._stream.next_unit()) is not None:
             yield pad_rows(rows, self._tokenizer, padding_side=self._padding_side)
 
@@ -301,6 +306,8 @@ class _TokenPlan:
         self._max_length = max_length
 
     def admit(self, records: Sequence[Record]) -> list[TokenisedRow]:
+        from nexus.data.collate import check_length, tokenise_rows
+
         rows = []
         for row in tokenise_rows(records, self._tokenizer):
             try:
