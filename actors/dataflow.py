@@ -8,7 +8,9 @@ one hop through the object store. One Dataset runs at a time, in file order (`pr
 from __future__ import annotations
 
 import pickle  # nosec B403: values of our own actors within one Ray session, whose own RPC is pickle
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ from nexus.errors import NexusError
 
 CALLERS = 2
 """Actors that forward batches; two keep one teacher busy while the other's rows are being read."""
+
+POLL_S = 0.5
+"""Longest wait between two looks at the signals."""
+
+READER = "nexus-data"
+"""Name of the thread that waits for Ray Data."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,9 @@ def stream_answers(
     timeout_s: float,
     max_retries: int,
     name: str,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[TeacherAnswer]:
-    """Answers in the order of the works and of their rows.
+    """Answers in the order of the works and of their rows; `check` is called while waiting and may raise to end the wait.
 
     Raises:
         NexusError: what reading or a teacher raised; earlier answers have been yielded by then.
@@ -156,10 +165,60 @@ def stream_answers(
         compute=ActorPoolStrategy(size=min(CALLERS, len(works))),
     )
     dataset.set_name(name)
-    for batch in dataset.iter_batches(batch_size=1, batch_format="numpy"):
+    for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
         for work_index, payload in zip(batch["work"], batch["answer"]):
             records, packed = pickle.loads(payload)  # nosec B301: written by `_TeacherCaller`
             result = pickle.loads(packed)  # nosec B301: written by `TeacherActor.packed`
             if isinstance(result, BaseException):
                 raise result
             yield TeacherAnswer(int(work_index), records, result)
+
+
+@dataclass(frozen=True)
+class _End:
+    """Last thing that the reading thread says."""
+
+    error: BaseException | None
+
+
+def _watched(batches: Iterable[dict[str, Any]], check: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
+    """The batches, read by another thread: Ray Data waits for the next one without end, and hears no signal meanwhile."""
+    arrived: queue.Queue[dict[str, Any] | _End] = queue.Queue(maxsize=1)
+    left = threading.Event()
+
+    def put(item: dict[str, Any] | _End) -> bool:
+        while not left.is_set():
+            try:
+                arrived.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+        except Exception as error:
+            put(_End(error))
+        else:
+            put(_End(None))
+
+    threading.Thread(target=read, name=READER, daemon=True).start()
+    try:
+        while True:
+            if check:
+                check()
+            try:
+                item = arrived.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
+    finally:
+        left.set()

@@ -136,6 +136,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
         timeout_s=config.distill.target_timeout_s,
         max_retries=config.distill.max_retries,
         name="nexus profile",
+        check=session.check_signals,
     ):
         session.check_signals()
         measurements[works[answer.work].teacher].append(answer.result)
@@ -206,6 +207,7 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
             timeout_s=config.distill.target_timeout_s,
             max_retries=config.distill.max_retries,
             name="nexus extract",
+            check=session.check_signals,
         ):
             session.check_signals()
             writers[answer.work].write(answer.records, answer.result)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
-from actors.dataflow import TeacherWork, stream_answers
+from actors.dataflow import READER, TeacherWork, _watched, stream_answers
 from actors.pool import TeacherPool
 from nexus.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def teacher(ray_cluster, reasoning_spec):
-    TeacherPool.start(
+    # Held until the module ends: an actor ends with the last handle of its creator.
+    pool, _ = TeacherPool.start(
         [reasoning_spec], torch_threads=1, num_gpus=0, window=2, timeout_s=120, max_retries=2, load_timeout_s=120
     )
-    return reasoning_spec.id
+    yield reasoning_spec.id
+    del pool
 
 
 def _work(path, **changes) -> TeacherWork:
@@ -67,3 +70,40 @@ def test_too_many_bad_rows_stop_the_stream(teacher, tmp_path):
     path.write_text('{"question": "a?"}\n' + "{broken\n" * 9)
     with pytest.raises(DataError, match="bad"):
         list(_stream([_work(path)], tmp_path, bad_share=0.1))
+
+
+def test_the_wait_for_a_batch_that_never_comes_ends_when_the_check_raises():
+    class StopAsked(BaseException):
+        pass
+
+    free, asked = threading.Event(), threading.Event()
+
+    def batches():
+        yield {"work": [0]}
+        free.wait(60)
+
+    def check() -> None:
+        if asked.is_set():
+            raise StopAsked
+
+    stream = _watched(batches(), check)
+    assert next(stream) == {"work": [0]}
+    asked.set()
+    with pytest.raises(StopAsked):
+        next(stream)
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name == READER:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def test_an_error_behind_the_batches_is_raised_after_them():
+    def batches():
+        yield {"work": [0]}
+        raise OSError("disk is gone")
+
+    stream = _watched(batches(), None)
+    assert next(stream) == {"work": [0]}
+    with pytest.raises(OSError, match="disk is gone"):
+        next(stream)
