@@ -1,0 +1,276 @@
+"""A run's configuration becomes a student and a loop: with the shipped teachers in this process, over their real data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nexus.config import SAMPLES_DIR, RunConfig, load_config
+from nexus.data.loader import iter_records
+from nexus.data.targets import TargetWriter
+from nexus.errors import ArtifactError, ConfigError
+from nexus.towers.engine import TeacherEngine
+from nexus.towers.loader import load_tower
+from nexus.towers.registry import TeacherSpec, shipped_config
+from nexus.training.batches import Assignment
+from nexus.training.checkpoint import save_checkpoint
+from nexus.training.facts import TeacherFacts
+from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer
+
+ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
+OVERRIDES = (
+    "distill.steps=2",
+    "distill.warmup_steps=1",
+    "distill.labelled_batch_size=2",
+    "distill.checkpoint_every=1",
+    "distill.window=1",
+    "student.max_length=96",
+    *(f"data.{capability}.batch_size=2" for capability in ROLES),
+)
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[str, TeacherEngine]:
+    torch.set_num_threads(1)
+    found = {}
+    for capability, role in ROLES.items():
+        teacher = f"sample-{capability}"
+        spec = TeacherSpec(teacher, str(SAMPLES_DIR / "teachers" / teacher), None, role)
+        found[teacher] = TeacherEngine(load_tower(spec, device="cpu"), teacher_id=teacher)
+    return found
+
+
+@pytest.fixture(scope="module")
+def teachers(engines) -> tuple[TeacherFacts, ...]:
+    student_hash = engines["sample-reasoning"].tokenizer_hash
+    return tuple(
+        TeacherFacts(
+            id=teacher,
+            role=engine.role,
+            importance=1.0,
+            shares_tokenizer=engine.tokenizer_hash == student_hash,
+            vocabulary_size=engine.tower.model.config.vocab_size if engine.role == "causal_lm" else None,
+            num_layers=engine.num_layers,
+            hidden_size=engine.hidden_size,
+            label_texts=engine.label_texts,
+            fingerprint=engine.fingerprint,
+            critical_layers=((0, 0.5), (engine.num_layers - 1, 0.5)),
+        )
+        for teacher, engine in engines.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(engines, tmp_path_factory) -> Path:
+    """A run directory as extraction leaves it: the tokenizer, and a few answers of each language teacher."""
+    path = tmp_path_factory.mktemp("run")
+    save_tokenizer(SAMPLES_DIR / "teachers" / "sample-reasoning", path)
+    for capability in ("reasoning", "code"):
+        engine = engines[f"sample-{capability}"]
+        pool = iter_records([SAMPLES_DIR / capability / "pool.parquet"], capability=capability, quarantine=None)
+        rows = [next(pool) for _ in range(5)]
+        writer = TargetWriter(
+            path / "targets" / engine.teacher_id,
+            capability=capability,
+            fingerprint=engine.fingerprint,
+            rows_per_file=3,
+        )
+        writer.write(rows, engine.answer(rows, max_new_tokens=12))
+        writer.finish()
+    return path
+
+
+class EnginesSource:
+    """Targets from teachers of this process."""
+
+    def __init__(self, engines):
+        self.engines, self.requests, self.asked = engines, {}, set()
+
+    def submit(self, key, teacher, request):
+        self.requests[key] = (teacher, request)
+        self.asked.add(teacher)
+
+    def collect(self, key):
+        teacher, request = self.requests.pop(key)
+        return self.engines[teacher].score(request)
+
+    def forget(self):
+        self.requests.clear()
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(shipped_config("quickstart.yaml"), [*OVERRIDES, *overrides])
+
+
+def _loop(config, run_dir, teachers, engines, *, taught=True, inject_spike=None):
+    source = EnginesSource(engines) if taught else None
+    loop = build_loop(
+        config, run_dir=run_dir, teachers=teachers, source=source, taught=taught, inject_spike=inject_spike
+    )
+    return loop, source
+
+
+def _run(loop):
+    reports, saved = [], []
+    assert loop.run(on_report=reports.append, should_stop=lambda: False, save=lambda: saved.append(loop.step))
+    return reports, saved
+
+
+def test_the_vocabulary_holds_every_id_that_targets_can_name(run_dir, teachers, tokenizer):
+    sharing, *others = teachers
+    wide = replace(sharing, vocabulary_size=len(tokenizer) + 64)
+    other = replace(others[0], shares_tokenizer=False, vocabulary_size=10**6)
+    config = _config()
+    assert build_student_spec(config, tokenizer, [wide, other], taught=False).core.vocab_size == len(tokenizer) + 64
+    spec = build_student_spec(config, tokenizer, [replace(sharing, vocabulary_size=None)], taught=False)
+    assert spec.core.vocab_size == len(tokenizer)
+    assert (spec.core.pad_token_id, spec.core.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_the_router_knows_the_keywords_of_the_data_and_alignments_exist_only_when_taught(teachers, tokenizer):
+    config = _config()
+    taught, alone = (build_student_spec(config, tokenizer, teachers, taught=taught) for taught in (True, False))
+    assert taught.router.keywords == tuple((data.towers[0], data.keywords) for data in config.data if data.keywords)
+    assert {tower for tower, _ in alone.router.keywords} == {"reasoning", "vision", "audio"}
+    assert [len(adapter.alignments) for adapter in alone.adapters().values()] == [0, 0, 0]
+    # Two critical layers each; classifiers also teach their labels.
+    assert [len(adapter.alignments) for adapter in taught.adapters().values()] == [2, 3, 3]
+    assert replace(taught, reasoning=None, vision=None, audio=None).to_dict() == replace(
+        alone, reasoning=None, vision=None, audio=None
+    ).to_dict()
+
+
+def test_a_taught_student_steps_on_every_teacher_s_real_targets(run_dir, teachers, engines):
+    config = _config()
+    loop, source = _loop(config, run_dir, teachers, engines)
+    assert loop.objective.student.spec.core.vocab_size >= len(loop.objective.tokenizer)
+    before = {name: tensor.clone() for name, tensor in loop.objective.named_parameters()}
+    reports, saved = _run(loop)
+    assert [report.action for report in reports] == ["step", "step"]
+    assert saved == [1, 2]
+    assert source.asked == set(engines)
+    for report in reports:
+        assert set(report.losses) == set(report.kd) == set(report.anchor) == set(engines)
+        assert all(np.isfinite(list(report.losses.values())))
+        assert report.gold is not None
+        # Two unlabelled rows of each teacher, two labelled ones of each capability.
+        assert report.rows == 16
+    # Only the router, which the route stage trains, stays as it was.
+    after = dict(loop.objective.named_parameters())
+    unchanged = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert unchanged == {name for name in before if name.startswith("student.router.")}
+
+
+def test_language_rows_come_with_the_teachers_own_answers(run_dir, teachers, engines):
+    loop, _ = _loop(_config(), run_dir, teachers, engines)
+    batch = loop.batches.peek(0)
+    written = {
+        (row.prompt, row.completion)
+        for path in TargetWriter.files(run_dir / "targets" / "sample-reasoning", "reasoning")
+        for row in iter_records([path], capability="reasoning", quarantine=None)
+    }
+    assert len(written) == 5
+    answered = batch.unlabelled[Assignment("sample-reasoning", "reasoning")]
+    assert {(row.prompt, row.completion) for row in answered} <= written
+    assert all(row.media is not None for row in batch.unlabelled[Assignment("sample-vision", "vision")])
+
+
+def test_equal_seeds_build_equal_loops_and_another_seed_another(run_dir, teachers, engines):
+    def start(seed):
+        loop, _ = _loop(_config(f"seed={seed}"), run_dir, teachers, engines)
+        weights = torch.cat([tensor.flatten() for tensor in loop.objective.parameters()])
+        return weights, loop.batches.peek(0).sample_ids
+
+    (weights, ids), (same_weights, same_ids), (other_weights, other_ids) = (start(seed) for seed in (3, 3, 4))
+    assert torch.equal(weights, same_weights)
+    assert ids == same_ids
+    assert not torch.equal(weights, other_weights)
+    assert ids != other_ids
+
+
+def test_without_teachers_the_same_student_trains_on_the_labelled_rows_alone(run_dir, teachers, engines):
+    taught, _ = _loop(_config(), run_dir, teachers, engines)
+    loop, _ = _loop(_config(), run_dir, teachers, engines, taught=False)
+    assert loop.objective.student.core.config.to_dict() == taught.objective.student.core.config.to_dict()
+    batch = loop.batches.peek(0)
+    assert batch.unlabelled == {}
+    assert {name: len(rows) for name, rows in batch.labelled.items()} == dict.fromkeys(ROLES, 2)
+    reports, _ = _run(loop)
+    assert [report.losses for report in reports] == [{}, {}]
+
+
+def test_capabilities_without_labelled_rows_are_taught_by_their_teachers_alone(run_dir, teachers, engines):
+    loop, _ = _loop(_config("data.vision.labelled=[]"), run_dir, teachers, engines)
+    batch = loop.batches.peek(0)
+    assert set(batch.labelled) == {"reasoning", "code", "audio"}
+    assert Assignment("sample-vision", "vision") in batch.unlabelled
+
+
+def test_settings_reach_the_loop(run_dir, teachers, engines):
+    config = _config("distill.learning_rate=0.25", "distill.window=3", "distill.grad_clip=0.5", "seed=7")
+    loop, _ = _loop(config, run_dir, teachers, engines)
+    assert (loop.settings.learning_rate, loop.settings.window, loop.settings.seed) == (0.25, 3, 7)
+    names = set(loop.settings.__dataclass_fields__) & set(type(config.distill).model_fields)
+    assert {"steps", "gold_weight", "anchor_start", "anchor_end", "weight_decay"} <= names
+    assert {name: getattr(loop.settings, name) for name in names} == {
+        name: getattr(config.distill, name) for name in names
+    }
+
+
+def test_an_injected_spike_is_caught_and_its_samples_are_written_down(run_dir, teachers, engines, tmp_path):
+    (tmp_path / "tokenizer").symlink_to(run_dir / "tokenizer")
+    loop, _ = _loop(_config(), tmp_path, teachers, engines, taught=False, inject_spike="1:nan")
+    hit = list(loop.batches.peek(1).sample_ids)
+    reports, _ = _run(loop)
+    assert [report.action for report in reports] == ["step", "skip", "step"]
+    lines = (tmp_path / "quarantine" / "samples-labels_only.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"event": "suspect", "epoch": 0, "sample_ids": hit}]
+
+
+def test_a_spike_that_cannot_be_read_is_refused(run_dir, teachers, engines):
+    with pytest.raises(ConfigError, match="STEP:nan or STEP:xFACTOR"):
+        _loop(_config(), run_dir, teachers, engines, taught=False, inject_spike="soon")
+
+
+def test_missing_answers_of_a_language_teacher_name_the_stage_that_makes_them(run_dir, teachers, engines, tmp_path):
+    (tmp_path / "tokenizer").symlink_to(run_dir / "tokenizer")
+    with pytest.raises(ArtifactError, match=r"sample-reasoning's answers.*Run `nexus extract` first"):
+        _loop(_config(), tmp_path, teachers, engines)
+
+
+def test_answers_of_a_changed_teacher_are_refused(run_dir, teachers, engines):
+    changed = tuple(replace(teacher, fingerprint="other") for teacher in teachers)
+    with pytest.raises(ArtifactError, match="the teacher changed since"):
+        _loop(_config(), run_dir, changed, engines)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_checkpoint_gives_back_the_student_it_was_taken_of(run_dir, teachers, engines, tmp_path, taught):
+    config = _config()
+    (tmp_path / "tokenizer").symlink_to(run_dir / "tokenizer")
+    (tmp_path / "targets").symlink_to(run_dir / "targets")
+    loop, _ = _loop(config, tmp_path, teachers, engines, taught=taught)
+    loop.advance()
+    save_checkpoint(
+        tmp_path / "checkpoints" / "any",
+        step=loop.step,
+        fingerprint=config.fingerprint(),
+        weights=loop.objective.state_dict(),
+        state=loop.state_dict(),
+    )
+    student, tokenizer = load_trained_student(config, tmp_path, "any", teachers, taught=taught)
+    assert not student.training
+    assert tokenizer.get_vocab() == loop.objective.tokenizer.get_vocab()
+    expected = loop.objective.student.state_dict()
+    assert student.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_missing_checkpoint_names_the_stage_that_writes_it(run_dir, teachers):
+    with pytest.raises(ArtifactError, match=r"nowhere, found none\. Run `nexus distill` first"):
+        load_trained_student(_config(), run_dir, "nowhere", teachers, taught=False)
