@@ -6,45 +6,90 @@ after SIGTERM with the state saved. Heavy imports happen inside the commands, so
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import nexus
 from jobs.execute import DEFAULT_CONFIG_NOTE, ExitCodes, RunOptions, execute_stages, guarded
 from nexus.errors import UserError
 
 ConfigOption = Annotated[
-    Optional[Path],
-    typer.Option("--config", "-c", help=f"YAML of the run. {DEFAULT_CONFIG_NOTE}", show_default=False),
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help=f"YAML of the run. {DEFAULT_CONFIG_NOTE}", show_default=False),
 ]
 OutOption = Annotated[
-    Optional[Path],
-    typer.Option("--out", "-o", help="Run directory; the same command continues in it. Default: runs/<name of the run>.", show_default=False),
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Run directory; the same command continues in it. Default: runs/<name of the run>.",
+        show_default=False,
+    ),
 ]
 SetOption = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. --set distill.steps=100. Repeatable.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Override a key, e.g. --set distill.steps=100. Repeatable.",
+        show_default=False,
+    ),
 ]
 ClusterOption = Annotated[
     str,
-    typer.Option("--cluster", help="auto: join the running Ray cluster or start a local one. local: start one. HOST:PORT: join that one."),
+    typer.Option(
+        "--cluster",
+        metavar="auto|local|HOST:PORT",
+        help="auto joins the running Ray cluster or starts a local one, local starts one, HOST:PORT joins that one.",
+    ),
 ]
 DashboardOption = Annotated[
     bool, typer.Option("--dashboard/--no-dashboard", help="Serve the Ray dashboard when a local cluster is started.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; everything else goes to stderr.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object to stdout; everything else goes to stderr.")
+]
 ModelsOption = Annotated[
-    Optional[Path],
-    typer.Option("--models-dir", help="Folder with one checkpoint folder per teacher id. Default: models, then the Hugging Face cache.", show_default=False),
+    Path | None,
+    typer.Option(
+        "--models-dir",
+        metavar="DIR",
+        help="Folder with one checkpoint folder per teacher id. Default: models, then the Hugging Face cache.",
+        show_default=False,
+    ),
 ]
 SpikeOption = Annotated[
-    Optional[str],
-    typer.Option("--inject-spike", metavar="STEP:nan|xF", help="Spoil the loss of one step, to see the recovery at work.", show_default=False),
+    str | None,
+    typer.Option(
+        "--inject-spike",
+        metavar="STEP:nan|xF",
+        help="Spoil the loss of one step, to see the recovery at work.",
+        show_default=False,
+    ),
 ]
+
+
+class _Commands(TyperGroup):
+    """A group of commands that answers an unknown one with the nearest known."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As the base class, whose own message names no remedy."""
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"Expected a command of `{ctx.command_path}`, found {name!r}.{hint} `{ctx.command_path} --help` lists all."
+            )
+        return super().resolve_command(ctx, args)
 
 
 class _App(typer.Typer):
@@ -52,19 +97,28 @@ class _App(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit."""
-        sys.exit(guarded(lambda: super(_App, self).__call__(*args, standalone_mode=False, **kwargs)))
+        kwargs = {"prog_name": "nexus", **kwargs, "standalone_mode": False}
+        sys.exit(guarded(lambda: super(_App, self).__call__(*args, **kwargs)))
 
 
 app = _App(
     name="nexus",
+    cls=_Commands,
     help="Distil many specialist teachers into one small student that runs alone.",
+    epilog="Exit codes: 0 all work done, 1 failed, 2 a mistake in what was typed or supplied, 130 and 143 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-teachers_app = typer.Typer(help="The registry of teachers.", no_args_is_help=True, rich_markup_mode=None)
+teachers_app = typer.Typer(
+    cls=_Commands, help="List, show and fetch teachers.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(teachers_app, name="teachers")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False))
 
 
 def _version(value: bool) -> None:
@@ -75,7 +129,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Distil many specialist teachers into one small student that runs alone."""
     del version
@@ -93,8 +149,13 @@ def quickstart(
     as_json: JsonOption = False,
     inject_spike: SpikeOption = None,
 ) -> None:
-    """Four small teachers and their data, shipped with nexus: all stages, a retention table and a report in minutes."""
-    options = RunOptions(None, out or Path("runs/quickstart"), tuple(overrides or ()), cluster, dashboard, as_json, None)
+    """All stages on four small teachers that ship with nexus.
+
+    Their data ship as well. Ends with a retention table, a report and a student that runs alone.
+    """
+    options = RunOptions(
+        None, out or Path("runs/quickstart"), tuple(overrides or ()), cluster, dashboard, as_json, None
+    )
     execute_stages(options, "report", inject_spike=inject_spike)
 
 
@@ -123,12 +184,18 @@ def profile(
     dashboard: DashboardOption = False,
     as_json: JsonOption = False,
     models_dir: ModelsOption = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows of one measurement.", show_default=False)] = None,
-    max_samples: Annotated[Optional[int], typer.Option(help="Rows of each capability.", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows of one measurement.", show_default=False)
+    ] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows of each capability.", show_default=False)
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability."""
     extra = [
-        f"profile.{key}={value}" for key, value in (("batch_size", batch_size), ("max_samples", max_samples)) if value is not None
+        f"profile.{key}={value}"
+        for key, value in (("batch_size", batch_size), ("max_samples", max_samples))
+        if value is not None
     ]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
     execute_stages(options, "profile")
@@ -144,7 +211,7 @@ def extract(
     as_json: JsonOption = False,
     models_dir: ModelsOption = None,
 ) -> None:
-    """Let the language teachers answer the unlabelled prompts, once, to Parquet."""
+    """Write the language teachers' answers to Parquet, once."""
     execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "extract")
 
 
@@ -174,7 +241,7 @@ def route(
     as_json: JsonOption = False,
     models_dir: ModelsOption = None,
 ) -> None:
-    """Fit the router that picks which of the student's towers run."""
+    """Fit the router that picks the student's towers."""
     execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "route")
 
 
@@ -208,7 +275,9 @@ def export(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory with metrics.json.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Run directory with metrics.json.", show_default=False)
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Draw report.html of a run from its files alone."""
@@ -218,7 +287,7 @@ def report(
     path = run_dir / "report.html"
     write_report(data, path)
     if as_json:
-        typer.echo(json.dumps({"report": str(path)}))
+        _print_json({"report": str(path), "metrics": data.metrics.model_dump(mode="json")})
     else:
         typer.echo(render_table(data.metrics), nl=False)
         typer.echo(f"report: {path}")
@@ -229,33 +298,54 @@ def report(
 
 @app.command()
 def generate(
-    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="Folder that `nexus export` wrote.")],
-    prompt: Annotated[Optional[str], typer.Option("--prompt", "-p", help="The question.", show_default=False)] = None,
-    image: Annotated[Optional[Path], typer.Option(help="Image file that the question is about.", show_default=False)] = None,
-    audio: Annotated[Optional[Path], typer.Option(help="Audio file that the question is about.", show_default=False)] = None,
-    rows: Annotated[
-        Optional[Path],
-        typer.Option("--input", "-i", help="JSONL, one object a line: prompt, and image or audio as a path beside the file.", show_default=False),
+    bundle: Annotated[
+        Path,
+        typer.Option("--bundle", "-b", metavar="DIR", help="Folder that `nexus export` wrote.", show_default=False),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 64,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Image that the question is about.", show_default=False)
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Recording that the question is about.", show_default=False)
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="ROWS.jsonl",
+            help="One JSON object a line: prompt, and image or audio as a path beside the file. Answers come as JSON lines.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, metavar="N", help="Longest answer, in tokens.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Let an exported student answer; no teacher is read."""
-    from jobs.generate import answer_file, answer_one
+    from jobs.generate import answer_file, answer_one, to_document
 
     if (prompt is None) == (rows is None):
-        raise UserError("Expected either --prompt TEXT or --input ROWS.jsonl, found both or neither. Give one of them.")
+        found = "neither" if prompt is None else "both"
+        raise UserError(f"Expected either --prompt TEXT or --input ROWS.jsonl, found {found}. Give one of them.")
     if rows is not None:
         if image is not None or audio is not None:
-            raise UserError("Expected --image and --audio beside --prompt, found them beside --input. Name media inside the rows.")
-        answers = answer_file(bundle, rows, max_new_tokens)
-        for row, answer in answers:
-            typer.echo(json.dumps({**row, "answer": answer.text, "towers": list(answer.towers), "source": answer.source}, ensure_ascii=False))
+            raise UserError(
+                "Expected --image and --audio beside --prompt, found them beside --input. Name media inside the rows."
+            )
+        documents = ({**row, **to_document(answer)} for row, answer in answer_file(bundle, rows, max_new_tokens))
+        if as_json:
+            _print_json({"answers": list(documents)})
+            return
+        for document in documents:
+            _print_json(document)
         return
     assert prompt is not None
     answer = answer_one(bundle, prompt, image, audio, max_new_tokens)
     if as_json:
-        typer.echo(json.dumps({"answer": answer.text, "towers": list(answer.towers), "source": answer.source}, ensure_ascii=False))
+        _print_json(to_document(answer))
     else:
         typer.echo(answer.text)
 
@@ -269,57 +359,96 @@ def doctor(as_json: JsonOption = False) -> None:
     from jobs.doctor import examine, render
 
     findings = examine()
-    typer.echo(json.dumps([finding.to_dict() for finding in findings]) if as_json else render(findings))
-    if any(finding.state == "missing" for finding in findings):
+    ready = all(finding.state != "missing" for finding in findings)
+    if as_json:
+        _print_json({"ready": ready, "findings": [finding.to_dict() for finding in findings]})
+    else:
+        typer.echo(render(findings))
+    if not ready:
         raise typer.Exit(ExitCodes.FAILED)
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("nexus.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("nexus.yaml"),
     teacher: Annotated[
-        Optional[list[str]],
-        typer.Option("--teacher", "-t", help="Registry id, checkpoint folder, or repo id; repeatable.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            "-t",
+            metavar="ID|DIR|OWNER/NAME",
+            help="Registry id, checkpoint folder, or repository (owner/name or owner/name@revision). Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
-        Optional[list[str]],
-        typer.Option("--data", "-d", metavar="CAPABILITY=FOLDER", help="Folder with pool, labelled and test files; repeatable.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="CAPABILITY=DIR",
+            help="Folder with pool*, labelled* and test* files (Parquet, JSONL or CSV). Repeatable.",
+            show_default=False,
+        ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a run's YAML for your own teachers and data."""
     from jobs.initialise import write_config
 
-    typer.echo(write_config(path, teachers=tuple(teacher or ()), data=tuple(data or ())))
+    written = write_config(path, teachers=tuple(teacher or ()), data=tuple(data or ()))
+    if as_json:
+        _print_json({"config": str(path), "notes": list(written.notes), "next": written.command})
+        return
+    for note in written.notes:
+        typer.echo(note)
+    typer.echo(f"wrote {path}; look it over, then type `{written.command}`")
 
 
 @teachers_app.command("list")
 def teachers_list(as_json: JsonOption = False) -> None:
     """All teachers of the registry."""
-    from jobs.teachers import list_teachers
+    from jobs.teachers import list_teachers, teachers_document
 
-    typer.echo(list_teachers(as_json=as_json))
+    if as_json:
+        _print_json(teachers_document())
+    else:
+        typer.echo(list_teachers())
 
 
 @teachers_app.command("show")
 def teachers_show(
-    teacher: Annotated[str, typer.Argument(help="Id of a teacher.")], as_json: JsonOption = False
+    teacher: Annotated[str, typer.Argument(metavar="ID", help="Id of a teacher.", show_default=False)],
+    as_json: JsonOption = False,
 ) -> None:
     """Everything that the registry holds about one teacher."""
-    from jobs.teachers import show_teacher
+    from jobs.teachers import show_teacher, teacher_document
 
-    typer.echo(show_teacher(teacher, as_json=as_json))
+    if as_json:
+        _print_json(teacher_document(teacher))
+    else:
+        typer.echo(show_teacher(teacher))
 
 
 @teachers_app.command("pull")
 def teachers_pull(
-    teacher: Annotated[list[str], typer.Argument(help="Ids of teachers.")],
+    teacher: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of teachers.", show_default=False)],
     models_dir: ModelsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Fetch checkpoints from the Hugging Face Hub, where there is a network."""
+    """Fetch checkpoints where there is a network.
+
+    They come from the Hugging Face Hub: safetensors, configuration and tokenizer, never pickled weights.
+    """
     from jobs.teachers import pull_teachers
 
-    for line in pull_teachers(tuple(teacher), models_dir=models_dir):
-        typer.echo(line)
+    pulled = {}
+    for name, folder in pull_teachers(tuple(teacher), models_dir=models_dir):
+        pulled[name] = str(folder)
+        if not as_json:
+            typer.echo(f"{name}: {folder}")
+    if as_json:
+        _print_json({"pulled": pulled})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ class ConsoleReporter(Reporter):
             return
         bar = self._bars.get(stage)
         if bar is None:
-            bar = self._bars[stage] = tqdm(total=total, desc=stage, file=sys.stderr, leave=False, position=len(self._bars))
+            bar = self._bars[stage] = tqdm(
+                total=total, desc=stage, file=sys.stderr, leave=False, position=len(self._bars)
+            )
         bar.total = total
         bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)

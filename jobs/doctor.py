@@ -79,7 +79,10 @@ def _python() -> Finding:
     version = sys.version_info[:2]
     ok = SUPPORTED_PYTHON[0] <= version <= SUPPORTED_PYTHON[1]
     return Finding(
-        "python", "ok" if ok else "missing", platform.python_version(), "" if ok else "make the environment with Python 3.10 to 3.13"
+        "python",
+        "ok" if ok else "missing",
+        platform.python_version(),
+        "" if ok else "make the environment with Python 3.10 to 3.13",
     )
 
 
@@ -100,10 +103,14 @@ def _accelerator() -> Finding:
     except ImportError:
         return Finding("accelerator", "missing", "torch does not import", "make setup")
     if not torch.cuda.is_available():
-        return Finding("accelerator", "note", f"none; {os.cpu_count()} CPU cores", "teachers above 1B parameters want a GPU")
+        return Finding(
+            "accelerator", "note", f"none; {os.cpu_count()} CPU cores", "teachers above 1B parameters want a GPU"
+        )
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     free, total = torch.cuda.mem_get_info()
-    return Finding("accelerator", "ok", f"{', '.join(names)}; {free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first")
+    return Finding(
+        "accelerator", "ok", f"{', '.join(names)}; {free / 2**30:.0f} of {total / 2**30:.0f} GiB free on the first"
+    )
 
 
 def _nf4() -> Finding:
@@ -114,12 +121,15 @@ def _nf4() -> Finding:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(device)
         packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        error = float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
+        distance = float((functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm())
     except Exception as error:  # bitsandbytes raises whatever its backend raises
         return Finding("NF4", "missing", f"{type(error).__name__}: {error}"[:120], "pip install 'bitsandbytes>=0.50'")
-    ok = error < 0.12
+    ok = distance < 0.12
     return Finding(
-        "NF4", "ok" if ok else "missing", f"relative weight error {error:.3f} on {device}", "" if ok else "update bitsandbytes"
+        "NF4",
+        "ok" if ok else "missing",
+        f"relative weight error {distance:.3f} on {device}",
+        "" if ok else "update bitsandbytes",
     )
 
 
@@ -127,14 +137,22 @@ def _memory() -> Finding:
     available = psutil.virtual_memory().available / 2**30
     ok = available >= QUICKSTART_MEMORY_GIB
     return Finding(
-        "memory", "ok" if ok else "missing", f"{available:.1f} GiB available", "" if ok else f"free {QUICKSTART_MEMORY_GIB:g} GiB for the quickstart"
+        "memory",
+        "ok" if ok else "missing",
+        f"{available:.1f} GiB available",
+        "" if ok else f"free {QUICKSTART_MEMORY_GIB:g} GiB for the quickstart",
     )
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     ok = free >= MIN_DISK_GIB
-    return Finding("disk", "ok" if ok else "missing", f"{free:.1f} GiB free here", "" if ok else "free 1 GiB or use --out on another disk")
+    return Finding(
+        "disk",
+        "ok" if ok else "missing",
+        f"{free:.1f} GiB free here",
+        "" if ok else "free 1 GiB or use --out on another disk",
+    )
 
 
 def _shared_memory() -> Finding:
@@ -143,7 +161,9 @@ def _shared_memory() -> Finding:
         return Finding("shared memory", "note", "no /dev/shm", "Ray falls back to its temporary folder, which is slow")
     free = shutil.disk_usage(path).free / 2**30
     ok = free >= MIN_SHM_GIB
-    return Finding("shared memory", "ok" if ok else "missing", f"{free:.1f} GiB free", "" if ok else "in Docker: --shm-size 1g")
+    return Finding(
+        "shared memory", "ok" if ok else "missing", f"{free:.1f} GiB free", "" if ok else "in Docker: --shm-size 1g"
+    )
 
 
 def _cluster() -> Finding:
@@ -176,5 +196,10 @@ def _samples() -> Finding:
     paths += [teacher.path for teacher in config.teachers if teacher.kind == "path"]
     missing = [text for text in paths if not resolve_path(text).exists()]
     if missing:
-        return Finding("samples", "missing", f"{len(missing)} of {len(paths)} absent, first {missing[0]}", "make samples, or install again")
+        return Finding(
+            "samples",
+            "missing",
+            f"{len(missing)} of {len(paths)} absent, first {missing[0]}",
+            "make samples, or install again",
+        )
     return Finding("samples", "ok", f"{len(paths)} files and teachers of the quickstart")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import json
 import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,11 @@ from nexus.config import RunConfig, load_config
 from nexus.errors import NexusError, UserError
 
 if TYPE_CHECKING:
+    from typer.exceptions import TyperException
+
     from nexus.artifacts import StageRecord
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "quickstart.yaml"
 DEFAULT_CONFIG_NOTE = "Default: the quickstart's, shipped with nexus."
@@ -28,6 +35,7 @@ class ExitCodes:
     DONE = 0
     FAILED = 1
     USER = 2
+    INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -58,55 +66,125 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     reporter = ConsoleReporter()
     config, path, note = _load(options)
     out = options.out or Path("runs") / config.name
-    reporter.line(f"configuration {path}{note}, run directory {out}")
     if inject_spike is not None:
         _check_spike(inject_spike)
     from actors.session import Session
     from actors.stages import run_stages
 
     start = time.perf_counter()
-    with Session(
+    session = Session(
         config,
         out,
         cluster=options.cluster,
         dashboard=options.dashboard,
         reporter=reporter,
         models_dir=options.models_dir,
-    ) as session:
-        records = run_stages(session, last, inject_spike=inject_spike)
-    reporter.close()
-    _print_result(options, last, out, records, time.perf_counter() - start)
+    )
+    # Only now: a mistake in what was typed is answered by its own line alone.
+    reporter.line(f"configuration {path}{note}, run directory {out}")
+    try:
+        with session:
+            records = run_stages(session, last, inject_spike=inject_spike)
+    finally:
+        reporter.close()
+        quarantined = _quarantined(out)
+        if quarantined:
+            rows = sum(quarantined.values())
+            reporter.line(
+                f"{rows} bad {'row' if rows == 1 else 'rows'} left out, each with its reason in {out / 'quarantine'}"
+            )
+    _print_result(options, last, out, records, quarantined, time.perf_counter() - start)
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run a command and turn what it raises into an exit code and, on stderr, one line."""
+    """Run a command and turn what it raises into an exit code and, on stderr, one line.
+
+    NEXUS_LOG_LEVEL=DEBUG shows where an error came from as well.
+    """
+    level = os.environ.get("NEXUS_LOG_LEVEL", "ERROR").upper()
+    known = logging.getLevelNamesMapping() if sys.version_info >= (3, 11) else logging._nameToLevel
+    logging.basicConfig(level=level if level in known else "ERROR", format="%(name)s: %(message)s")
+    try:
+        result = command()
+    except BaseException as error:
+        logger.debug("raised", exc_info=True)
+        code, line = _verdict(error)
+        if line is None:
+            raise
+        _complain(line)
+        return code
+    if result == ExitCodes.INTERRUPTED:
+        _complain("stopped")  # Typer turns a KeyboardInterrupt into its exit code
+    return result if isinstance(result, int) else ExitCodes.DONE
+
+
+def _verdict(error: BaseException) -> tuple[int, str | None]:
+    """Exit code and line of what a command raised; no line for what is not for us to explain."""
     import typer
     from typer.exceptions import TyperException
 
     from actors.session import Interrupted
 
-    logging.basicConfig(level=os.environ.get("NEXUS_LOG_LEVEL", "ERROR").upper(), format="%(name)s: %(message)s")
-    try:
-        result = command()
-    except Interrupted as interrupt:
-        _complain("stopped; the state is saved and the same command continues")
-        return interrupt.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped")
-        return 130
-    except UserError as error:
-        _complain(str(error))
-        return ExitCodes.USER
-    except TyperException as error:
-        _complain(error.format_message())
-        return ExitCodes.USER
-    except NexusError as error:
-        _complain(str(error))
-        return ExitCodes.FAILED
-    except OSError as error:
-        _complain(f"the system refused: {error}")
-        return ExitCodes.FAILED
-    return result if isinstance(result, int) else ExitCodes.DONE
+    if isinstance(error, Interrupted):
+        return error.exit_code, "stopped; the state is saved and the same command continues"
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return ExitCodes.INTERRUPTED, "stopped"
+    if isinstance(error, TyperException):
+        return ExitCodes.USER, _usage(error)
+    # Ray wraps what an actor raised; the wrapper's text is a traceback of many lines.
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        error = cause
+    if isinstance(error, UserError):
+        return ExitCodes.USER, str(error)
+    if isinstance(error, NexusError):
+        return ExitCodes.FAILED, str(error)
+    if isinstance(error, OSError):
+        return _refusal(error)
+    if isinstance(error, Exception):
+        text = str(error).strip().splitlines()
+        return ExitCodes.FAILED, (
+            f"Expected no such error, found {type(error).__name__}: {text[-1] if text else 'without a message'}. Completed work is "
+            "kept. This is a fault of nexus: NEXUS_LOG_LEVEL=DEBUG shows where it came from."
+        )
+    return ExitCodes.FAILED, None
+
+
+def _refusal(error: OSError) -> tuple[int, str]:
+    """What the operating system refused; a full or forbidden disk is for the user to mend."""
+    place = f" at {error.filename}" if error.filename else ""
+    found = f"{error.strerror or error}{place}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ExitCodes.USER, f"Expected room on the disk, found: {found}. Free some, or choose another --out."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            ExitCodes.USER,
+            f"Expected to be allowed to, found: {found}. Change its permissions, or choose another place.",
+        )
+    return (
+        ExitCodes.FAILED,
+        f"Expected the system to comply, found: {found}. Completed work is kept; the same command continues.",
+    )
+
+
+def _usage(error: TyperException) -> str:
+    """What Typer found wrong on the command line, as expected, found, remedy."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # the class has no public name
+        return error.format_message()
+    context = getattr(error, "ctx", None)
+    path = "nexus" if context is None else context.command_path
+    remedy = f"`{path} --help` shows what it takes."
+    message = error.format_message().rstrip(".")
+    name = getattr(error, "option_name", None)
+    if name is not None and hasattr(error, "possibilities"):
+        known = [option for parameter in context.command.params for option in parameter.opts] if context else []
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        return f"Expected an option of `{path}`, found {name}.{f' Did you mean {close[0]}?' if close else ''} {remedy}"
+    if name is not None:
+        return f"Expected a proper use of {name}, found: {message}. {remedy}"
+    if message.startswith("Missing "):
+        return f"Expected {message.removeprefix('Missing ')}, found none. {remedy}"
+    return f"Expected a proper use of `{path}`, found: {message}. {remedy}"
 
 
 def _load(options: RunOptions) -> tuple[RunConfig, Path, str]:
@@ -124,7 +202,21 @@ def _check_spike(text: str) -> None:
     parse_spike(text)
 
 
-def _print_result(options: RunOptions, last: str, out: Path, records: dict[str, StageRecord], seconds: float) -> None:
+def _quarantined(out: Path) -> dict[str, int]:
+    """Bad rows of each input file that this run met, in this command or an earlier one."""
+    from nexus.data.quarantine import read_quarantine
+
+    return dict(Counter(row.file for row in read_quarantine(out / "quarantine")))
+
+
+def _print_result(
+    options: RunOptions,
+    last: str,
+    out: Path,
+    records: dict[str, StageRecord],
+    quarantined: dict[str, int],
+    seconds: float,
+) -> None:
     from nexus.artifacts import Metrics, read_artifact
 
     metrics = read_artifact(out / "metrics.json", Metrics) if last == "report" else None
@@ -133,6 +225,7 @@ def _print_result(options: RunOptions, last: str, out: Path, records: dict[str, 
             "run": str(out),
             "seconds": round(seconds, 1),
             "stages": {name: record.model_dump(mode="json", exclude={"outputs"}) for name, record in records.items()},
+            "quarantined": quarantined,
             "metrics": None if metrics is None else metrics.model_dump(mode="json"),
         }
         print(json.dumps(document))
@@ -147,4 +240,5 @@ def _print_result(options: RunOptions, last: str, out: Path, records: dict[str, 
 
 
 def _complain(text: str) -> None:
-    print(f"nexus: {' '.join(text.split())}", file=sys.stderr)
+    """One line on stderr; the help that a bare `nexus` asks for keeps its lines."""
+    print(text if text.startswith("Usage: ") else f"nexus: {' '.join(text.split())}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nexus.errors import DataError
 
 if TYPE_CHECKING:
-    from nexus.assembly.bundle import Answer, InputRow
+    from nexus.assembly.bundle import Answer, BundleStudent, InputRow
 
 BATCH_ROWS = 64
 """Rows that are read and answered together; a file is never whole in memory."""
@@ -22,67 +22,114 @@ def answer_one(bundle: Path, prompt: str, image: Path | None, audio: Path | None
 
     Raises:
         ArtifactError: when `bundle` is none.
-        DataError: when a media file cannot be read or decoded.
+        DataError: when the prompt or a media file cannot be used.
     """
-    from nexus.assembly.bundle import InputRow, load_bundle
+    from nexus.assembly.bundle import InputRow
 
     row = InputRow(prompt=prompt, image=_read(image, "--image"), audio=_read(audio, "--audio"))
-    return load_bundle(bundle).answer([row], max_new_tokens)[0]
+    student = _student(bundle, max_new_tokens)
+    media = image or audio
+    return _answer(student, [("--prompt" if media is None else str(media), row)], max_new_tokens)[0]
 
 
 def answer_file(bundle: Path, rows: Path, max_new_tokens: int) -> Iterator[tuple[dict[str, Any], Answer]]:
     """Each row of a JSONL file with its answer, in file order.
 
     Raises:
-        DataError: naming the line that cannot be read.
+        ArtifactError: when `bundle` is none.
+        DataError: naming the line that cannot be used; the batches before it have been answered.
     """
-    from nexus.assembly.bundle import load_bundle
-
-    student = load_bundle(bundle)
-    pending: list[tuple[dict[str, Any], InputRow]] = []
+    student = _student(bundle, max_new_tokens)
+    documents: list[dict[str, Any]] = []
+    pending: list[tuple[str, InputRow]] = []
     any_row = False
-    for document, row in _rows(rows):
+    for place, document, row in _rows(rows):
         any_row = True
-        pending.append((document, row))
+        documents.append(document)
+        pending.append((place, row))
         if len(pending) == BATCH_ROWS:
-            yield from zip([d for d, _ in pending], student.answer([r for _, r in pending], max_new_tokens))
-            pending = []
+            yield from zip(documents, _answer(student, pending, max_new_tokens), strict=True)
+            documents, pending = [], []
     if pending:
-        yield from zip([d for d, _ in pending], student.answer([r for _, r in pending], max_new_tokens))
+        yield from zip(documents, _answer(student, pending, max_new_tokens), strict=True)
     if not any_row:
         raise DataError(f"Expected rows in {rows}, found an empty file. Write one JSON object a line, with a prompt.")
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], InputRow]]:
+def to_document(answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON values."""
+    return {"answer": answer.text, "towers": list(answer.towers), "source": answer.source}
+
+
+def _student(bundle: Path, max_new_tokens: int) -> BundleStudent:
+    import transformers
+
+    from nexus.assembly.bundle import load_bundle
+
+    # A bar over 30 tensors says nothing to whoever waits for an answer.
+    transformers.utils.logging.disable_progress_bar()
+    student = load_bundle(bundle)
+    longest = student.student.core.config.max_position_embeddings
+    if max_new_tokens >= longest:
+        raise DataError(
+            f"Expected --max-new-tokens below {longest}, the positions of this student, found {max_new_tokens}. Lower it."
+        )
+    return student
+
+
+def _answer(student: BundleStudent, rows: list[tuple[str, InputRow]], max_new_tokens: int) -> tuple[Answer, ...]:
+    try:
+        return student.answer([row for _, row in rows], max_new_tokens)
+    except DataError:
+        # Once more, row by row, to say which one it was.
+        for place, row in rows:
+            try:
+                student.answer([row], max_new_tokens)
+            except DataError as error:
+                raise DataError(f"{place}: {str(error).removeprefix('row 0: ')}") from None
+        raise
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any], InputRow]]:
+    """Place, document and question of each line."""
     from nexus.assembly.bundle import InputRow
 
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
         raise DataError(f"Expected JSONL rows in {path}, found: {error.strerror}. Correct --input.") from None
     with file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                document = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"Expected a JSON object in line {number} of {path}, found: {error}. Mend the line.") from None
-            prompt = document.get("prompt", document.get("question")) if isinstance(document, dict) else None
-            if not isinstance(prompt, str):
-                raise DataError(
-                    f'Expected an object with "prompt" in line {number} of {path}, found {line.strip()[:60]!r}. Add the prompt.'
-                )
-            unknown = sorted(set(document) - set(KNOWN_KEYS))
-            if unknown:
-                raise DataError(
-                    f"Expected the keys {', '.join(KNOWN_KEYS)} in line {number} of {path}, found {unknown[0]!r}. Remove it."
-                )
-            media = {
-                kind: _read(path.parent / document[kind], f"line {number} of {path}") if kind in document else None
-                for kind in ("image", "audio")
-            }
-            yield document, InputRow(prompt=prompt, image=media["image"], audio=media["audio"])
+            place = f"line {number} of {path}"
+            document, prompt = _document(line, place)
+            media = {kind: _media(document.get(kind), kind, place, path.parent) for kind in ("image", "audio")}
+            yield place, document, InputRow(prompt=prompt, image=media["image"], audio=media["audio"])
+
+
+def _document(line: bytes, place: str) -> tuple[dict[str, Any], str]:
+    """The line's object and its prompt."""
+    try:
+        document = json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise DataError(f"Expected a JSON object in {place}, found: {error}. Mend the line.") from None
+    prompt = document.get("prompt", document.get("question")) if isinstance(document, dict) else None
+    if not isinstance(prompt, str):
+        shown = line.decode(errors="replace").strip()[:60]
+        raise DataError(f'Expected an object with a text under "prompt" in {place}, found {shown!r}. Add the prompt.')
+    unknown = sorted(set(document) - set(KNOWN_KEYS))
+    if unknown:
+        raise DataError(f"Expected the keys {', '.join(KNOWN_KEYS)} in {place}, found {unknown[0]!r}. Remove it.")
+    return document, prompt
+
+
+def _media(value: Any, kind: str, place: str, folder: Path) -> bytes | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"Expected the path of a file under {kind!r} in {place}, found {value!r}. Name a file.")
+    return _read(folder / value, place)
 
 
 def _read(path: Path | None, source: str) -> bytes | None:
@@ -90,5 +137,6 @@ def _read(path: Path | None, source: str) -> bytes | None:
         return None
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source}: expected a media file at {path}, found: {error.strerror}. Correct the path.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{source}: expected a media file at {path}, found: {reason}. Correct the path.") from None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nexus.towers.registry import load_registry, pull_teacher
 
@@ -13,11 +13,14 @@ MAX_NEEDS = 48
 """Characters of the last column; `nexus teachers show` has the whole text."""
 
 
-def list_teachers(*, as_json: bool) -> str:
-    """All entries as an aligned table, or as JSON."""
+def teachers_document() -> dict[str, Any]:
+    """All entries as plain JSON values."""
+    return {"teachers": [entry.model_dump(mode="json") for entry in load_registry().teachers]}
+
+
+def list_teachers() -> str:
+    """All entries as an aligned table."""
     registry = load_registry()
-    if as_json:
-        return json.dumps([entry.model_dump(mode="json") for entry in registry.teachers])
     rows = [COLUMNS]
     for entry in registry.teachers:
         needs = "; ".join(entry.needs)
@@ -32,24 +35,31 @@ def list_teachers(*, as_json: bool) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-def show_teacher(teacher: str, *, as_json: bool) -> str:
-    """One entry as YAML, or as JSON."""
+def teacher_document(teacher: str) -> dict[str, Any]:
+    """One entry as plain JSON values."""
+    return load_registry().get(teacher).model_dump(mode="json")
+
+
+def show_teacher(teacher: str) -> str:
+    """One entry as YAML."""
     import yaml
 
-    document = load_registry().get(teacher).model_dump(mode="json")
-    return json.dumps(document) if as_json else yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(teacher_document(teacher), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iterator[str]:
-    """Fetch checkpoints; one line for each that arrived.
+def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iterator[tuple[str, Path]]:
+    """Fetch checkpoints; id and folder of each that arrived.
 
     Raises:
         TowerLoadError: unknown id, no network, gated or missing repository.
     """
     registry = load_registry()
+    # All ids are looked up before the first gigabyte is fetched.
     entries = [registry.get(teacher) for teacher in teachers]
     for entry in entries:
-        yield f"{entry.id}: {pull_teacher(entry, models_dir=models_dir)}"
+        yield entry.id, pull_teacher(entry, models_dir=models_dir)
