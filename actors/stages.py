@@ -70,6 +70,11 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
             outputs=outputs,
             summary=summary,
         )
+        if stage == "report":
+            # Once more, now with the cost of the report itself.
+            from actors.evaluation import write_metrics
+
+            write_metrics(session)
         news = ", ".join(f"{key} {value}" for key, value in summary.items())
         session.reporter.line(
             f"{stage}: done in {records[stage].seconds:.1f} s, {records[stage].peak_memory_gib:.2f} GiB" + (f" ({news})" if news else "")

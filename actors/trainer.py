@@ -20,6 +20,7 @@ from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
     from actors.pool import TeacherPool
+    from nexus.student.memory import NexusStudent
     from nexus.training.loop import DistillationLoop, StepReport
     from nexus.training.objective import TeacherFacts
 
@@ -175,7 +176,7 @@ class TrainerActor:
         return TrainerResult(
             student=plan.student,
             steps=loop.step,
-            num_parameters=sum(parameter.numel() for parameter in loop.objective.student.parameters()),
+            num_parameters=_exported_parameters(loop.objective.student),
             files=tuple(str(path.relative_to(run_dir)) for path in sorted(newest.iterdir())),
             skipped=incidents.count("skip"),
             rollbacks=incidents.count("rollback"),
@@ -229,3 +230,8 @@ class TrainerActor:
             metrics.recovered(report.action)
         note = f"loss {report.total:.3f}" if report.action == "step" else f"{report.action} at draw {report.draw}"
         self._progress = TrainerProgress(student, loop.step, loop.settings.steps, note)
+
+
+def _exported_parameters(student: NexusStudent) -> int:
+    """Parameters of the student without the maps to its teachers' spaces, which no bundle carries."""
+    return sum(parameter.numel() for name, parameter in student.named_parameters() if ".alignments." not in name)

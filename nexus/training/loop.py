@@ -28,6 +28,8 @@ from nexus.training.snapshot import Stateful
 
 ADAM_BETAS = (0.9, 0.95)
 """The second decay of language-model training (GPT-3, LLaMA): the variance follows a spike within 20 steps instead of 1,000."""
+FINAL_RATE_FRACTION = 0.02
+"""Of the peak, at the last step: a short run gains most of its accuracy while the rate falls."""
 
 
 class TargetSource(Protocol):
@@ -152,7 +154,10 @@ class DistillationLoop:
             _parameter_groups(objective, settings.weight_decay), lr=settings.learning_rate, betas=ADAM_BETAS, foreach=True
         )
         self.scheduler = LearningRateSchedule(
-            self.optimizer, warmup_steps=settings.warmup_steps, total_steps=settings.steps
+            self.optimizer,
+            warmup_steps=settings.warmup_steps,
+            total_steps=settings.steps,
+            final_fraction=FINAL_RATE_FRACTION,
         )
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._parts: dict[str, Stateful] = {f"standardiser.{key}": part for key, part in objective.standardisers.items()}
