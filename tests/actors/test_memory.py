@@ -1,0 +1,85 @@
+"""The memory meter counts what this process started, and what carries a Ray session's name; nothing twice, nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from actors.memory import MemoryMeter, _pss_bytes
+
+MIB = 2**20
+HELD_MIB = 200
+HOLD = f"""
+import sys
+block = bytearray({HELD_MIB} << 20)
+block[::4096] = b"x" * len(block[::4096])
+print("holding", flush=True)
+sys.stdin.read()
+"""
+INTERPRETER_MIB = 40
+"""More than the memory of a bare interpreter; the tests compare with it as the slack above `HELD_MIB`."""
+
+
+@contextmanager
+def _holder(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A child process that holds `HELD_MIB` touched pages."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "holding\n"
+        yield child
+    finally:
+        child.communicate()
+
+
+def test_a_child_that_holds_200_mib_raises_the_peak_by_about_that_until_the_next_reset():
+    with MemoryMeter() as meter:
+        meter.reset()
+        before = meter.peak_gib * 1024
+        with _holder():
+            assert HELD_MIB - 5 < meter.peak_gib * 1024 - before < HELD_MIB + INTERPRETER_MIB
+        assert meter.peak_gib * 1024 - before > HELD_MIB - 5, "a peak stays after its process has ended"
+        meter.reset()
+        assert meter.peak_gib * 1024 - before < INTERPRETER_MIB
+
+
+def test_the_peak_is_seen_by_the_background_thread_while_nobody_asks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.memory.SAMPLE_EVERY_S", 0.05)
+    with MemoryMeter() as meter:
+        meter.reset()
+        before = meter.sample_bytes()
+        with _holder():
+            while meter._peak_bytes < before + (HELD_MIB - 5) * MIB:
+                pass  # the test's own time limit ends a meter that never looks
+    assert meter.peak_gib * 2**30 > before + (HELD_MIB - 5) * MIB
+
+
+def test_a_cluster_that_this_process_did_not_start_is_counted_by_its_session_name():
+    name = "session_of_another_process"
+    # The shell ends at once, so that its child descends from this process no longer.
+    command = f"{sys.executable} -c 'import time; time.sleep(600)' {name} & echo $!"
+    shell = subprocess.Popen(["/bin/sh", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert shell.stdout is not None
+    orphan = psutil.Process(int(shell.stdout.readline()))
+    try:
+        shell.wait()
+        meter = MemoryMeter()
+        assert orphan.pid not in meter._pids()
+        meter.watch_session(name)
+        assert orphan.pid in meter._pids()
+    finally:
+        orphan.kill()
+        shell.stdout.close()
+
+
+def test_a_process_that_is_gone_weighs_nothing():
+    with _holder() as child:
+        assert _pss_bytes(child.pid) > HELD_MIB * MIB
+    assert _pss_bytes(child.pid) == 0
