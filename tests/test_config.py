@@ -90,6 +90,7 @@ def test_values_are_not_coerced():
         (lambda d: d["data"].append(dict(d["data"][0])), "'reasoning' twice"),
         (lambda d: d["data"][1].update(keywords=["print"]), "no effect without towers"),
         (lambda d: d["distill"].update(surgery={"every": 5}), "every has no effect"),
+        (lambda d: d["distill"].update(steps=20), "expected warmup_steps below steps, found 20 and 20"),
         (lambda d: d["teachers"][0].update(kind="pth"), "pth"),
         (lambda d: d.pop("distill"), "'distill' is missing"),
     ],
@@ -103,7 +104,7 @@ def test_contradictions_are_refused_in_words(change, words):
 @pytest.mark.parametrize(
     ("override", "read", "value"),
     [
-        ("distill.steps=7", lambda c: c.distill.steps, 7),
+        ("distill.steps=70", lambda c: c.distill.steps, 70),
         ("distill.learning_rate=1.0e-4", lambda c: c.distill.learning_rate, 1e-4),
         ("teachers.sample-code.importance=2.5", lambda c: c.teachers[1].importance, 2.5),
         ("data.vision.batch_size=3", lambda c: c.data[2].batch_size, 3),
@@ -129,7 +130,7 @@ def test_set_overrides_a_key(override, read, value):
     ],
 )
 def test_a_wrong_override_is_one_clear_line(override, words):
-    with pytest.raises(ConfigError, match=".") as caught:
+    with pytest.raises(ConfigError, match=r".") as caught:
         load_config(QUICKSTART, [override])
     assert words in str(caught.value)
 

@@ -56,11 +56,11 @@ def test_a_stage_with_damaged_outputs_is_not_complete(tmp_path, config, damage):
 
 def test_another_configuration_is_refused_and_its_difference_named(tmp_path, config):
     RunDirectory(tmp_path / "r", config).close()
-    other = load_config(QUICKSTART, ["distill.steps=3"])
-    with pytest.raises(ArtifactError, match=r"distill\.steps = \d+ there and 3 here\. Choose another --out"):
+    other = load_config(QUICKSTART, ["distill.steps=300"])
+    with pytest.raises(ArtifactError, match=r"distill\.steps = \d+ there and 300 here\. Choose another --out"):
         RunDirectory(tmp_path / "r", other)
     with pytest.raises(ArtifactError, match=r"and 1 more keys"):
-        RunDirectory(tmp_path / "r", load_config(QUICKSTART, ["distill.steps=3", "data.0.batch_size=1"]))
+        RunDirectory(tmp_path / "r", load_config(QUICKSTART, ["distill.steps=300", "data.0.batch_size=1"]))
     # The refused attempt does not keep the directory locked.
     RunDirectory(tmp_path / "r", config).close()
 

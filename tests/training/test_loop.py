@@ -190,17 +190,17 @@ def test_the_run_is_reproducible(spec, tokenizer):
     _assert_equal(_weights(first), _weights(second))
 
 
-@pytest.mark.parametrize("method", ["none", "upgrad"])
-def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, method):
-    undisturbed, _ = _loop(spec, tokenizer, surgery_method=method)
+@pytest.mark.parametrize(("method", "taught"), [("none", True), ("upgrad", True), ("none", False)])
+def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, method, taught):
+    undisturbed, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
     _run(undisturbed)
     saved = []
-    stopped, _ = _loop(spec, tokenizer, surgery_method=method)
+    stopped, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
     finished, _ = _run(stopped, stop_after=4, saved=saved)
     assert not finished
     step, weights, state = saved[-1]
     assert step == 4
-    resumed, _ = _loop(spec, tokenizer, surgery_method=method)
+    resumed, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
     resumed.objective.load_state_dict(weights)
     resumed.load_state_dict(state)
     finished, reports = _run(resumed)
