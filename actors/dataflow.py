@@ -22,6 +22,7 @@ from ray.data import ActorPoolStrategy
 
 from actors.pool import TeacherPool
 from nexus.data.loader import iter_records
+from nexus.data.media import decodable
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
 from nexus.errors import NexusError
@@ -120,7 +121,7 @@ class _Reader:
 def _batched(work: TeacherWork, quarantine: Quarantine) -> Iterator[tuple[Record, ...]]:
     pending: list[Record] = []
     records = iter_records([Path(path) for path in work.paths], capability=work.capability, quarantine=quarantine)
-    for number, record in enumerate(records):
+    for number, record in enumerate(decodable(records, quarantine)):
         if number < work.skip_rows:
             continue
         if work.max_rows is not None and number >= work.skip_rows + work.max_rows:

@@ -25,6 +25,7 @@ from nexus.assembly.evaluate import build_retention, quantisation_tax, router_me
 from nexus.assembly.report import SampleRow, Samples
 from nexus.config import DataConfig, resolve_path
 from nexus.data.loader import iter_records
+from nexus.data.media import decodable
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
 from nexus.errors import DataError
@@ -189,7 +190,7 @@ def _test_rows(session: Session, source: DataConfig) -> list[Record]:
     records = iter_records(
         [resolve_path(text) for text in source.test], capability=source.capability, quarantine=quarantine
     )
-    rows = list(islice(records, session.config.evaluate.max_rows))
+    rows = list(islice(decodable(records, quarantine), session.config.evaluate.max_rows))
     unanswered = next((row.id for row in rows if not row.answer), None)
     if unanswered is not None:
         raise DataError(

@@ -46,6 +46,7 @@ class StudentActor:
     def train_router(self, teachers: tuple[TeacherFacts, ...]) -> RouteResult:
         """Fit the router on pool prompts and write the whole student to `student/`."""
         from nexus.data.loader import iter_records
+        from nexus.data.media import decodable
         from nexus.data.quarantine import Quarantine
         from nexus.training.routing import train_router
 
@@ -56,7 +57,7 @@ class StudentActor:
         for source in config.data:
             paths = [resolve_path(text) for text in source.pool]
             records = iter_records(paths, capability=source.capability, quarantine=quarantine)
-            rows += islice(records, config.router.max_rows)
+            rows += islice(decodable(records, quarantine), config.router.max_rows)
         fit = train_router(
             student,
             tokenizer,

@@ -224,6 +224,15 @@ class DistillConfig(StrictModel):
     labels_only: bool = True
     """Also train the same student on the labelled rows alone, for comparison."""
 
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> DistillConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"expected warmup_steps below steps, found {self.warmup_steps} and {self.steps}; raise steps or set "
+                "distill.warmup_steps lower"
+            )
+        return self
+
 
 class RouterConfig(StrictModel):
     """Training of the sparse intent router on the frozen student's embedding."""
@@ -413,7 +422,10 @@ def _index(items: list[Any], part: str, path: str, override: str) -> int:
 
 def _explain(error: ValidationError) -> Iterator[str]:
     """One clause per mistake: where, what was found, what is known."""
+    places = [item["loc"] for item in error.errors()]
     for item in error.errors():
+        if item["type"] == "too_short" and any(place[: len(item["loc"])] == item["loc"] != place for place in places):
+            continue  # its items were there, and each bad one is named by itself
         place = ".".join(str(part) for part in item["loc"] if part not in ("registry", "path", "hub") or part == item["loc"][-1])
         if item["type"] == "extra_forbidden":
             *_, name = item["loc"]

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 from PIL import Image
 from scipy.signal import resample_poly
 
-from nexus.data.records import Media
+from nexus.data.quarantine import Quarantine
+from nexus.data.records import Media, Record
 from nexus.errors import DataError
+
+if TYPE_CHECKING:
+    from nexus.data.loader import RecordBatches
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -35,12 +42,12 @@ def decode_image(data: bytes) -> Image.Image:
         raise DataError(_unreadable("an image file such as PNG or JPEG", data, error)) from error
 
 
-def decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
+def decode_audio(data: bytes, sampling_rate: int | None) -> np.ndarray:
     """Returns the recording as float32 mono samples [T] at `sampling_rate` hertz, channels averaged, resampled when needed.
 
     Args:
         data: an audio file's bytes, in any format that libsndfile reads (WAV, FLAC, OGG, MP3).
-        sampling_rate: hertz, at least 1.
+        sampling_rate: hertz, at least 1; None keeps the recording's own.
 
     Raises:
         DataError: when the bytes are no audio, are damaged, or hold no sample.
@@ -52,7 +59,7 @@ def decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
     if len(samples_TC) == 0:
         raise DataError(_unreadable("an audio file such as WAV, FLAC or OGG", data, "it holds no sample"))
     samples_T = samples_TC.mean(axis=1)
-    if rate != sampling_rate:
+    if sampling_rate is not None and rate != sampling_rate:
         factor = np.gcd(rate, sampling_rate)
         samples_T = resample_poly(samples_T, sampling_rate // factor, rate // factor)
     return samples_T.astype(np.float32)
@@ -76,7 +83,8 @@ def add_noise(waveform: np.ndarray, row_id: str, snr_db: float) -> np.ndarray:
 
 
 def _unreadable(expected: str, data: bytes, reason: object) -> str:
-    start = " ".join(str(reason).split())
+    # Pillow names the buffer that it was given, by address.
+    start = re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(reason).split()))
     return f"expected {expected}; found {len(data)} bytes that cannot be decoded ({start}); replace the file or drop the row"
 
 
@@ -94,3 +102,58 @@ def read_media(media: Media) -> bytes:
         raise DataError(
             f"Expected the {media.kind} {media.data}, found: {error.strerror}. Restore the file or remove its row."
         ) from None
+
+
+def check_media(media: Media) -> None:
+    """Decode an image or a recording and drop it again; video, which nothing here decodes, passes.
+
+    Raises:
+        DataError: when the file cannot be read or decoded.
+    """
+    if media.kind == "image":
+        decode_image(read_media(media))
+    elif media.kind == "audio":
+        decode_audio(read_media(media), None)
+
+
+def decodable(records: Iterable[Record], quarantine: Quarantine) -> Iterator[Record]:
+    """The records whose media can be decoded, and those without media; the others go to the quarantine with the reason."""
+    for record in records:
+        try:
+            if record.media is not None:
+                check_media(record.media)
+        except DataError as error:
+            quarantine.add_record(record, str(error))
+        else:
+            yield record
+
+
+class DecodableBatches:
+    """Batches of another stream without the rows whose media cannot be decoded; such a batch is smaller.
+
+    Media are decoded in the stream's first epoch. Later ones, also of a process that continues the run, leave out what stands in
+    the quarantine.
+
+    Args:
+        stream: batches of records that were read with the same `quarantine`.
+    """
+
+    def __init__(self, stream: RecordBatches, quarantine: Quarantine) -> None:
+        self._stream = stream
+        self._quarantine = quarantine
+
+    def next_batch(self) -> tuple[Record, ...]:
+        """The next batch; smaller where rows were left out."""
+        first_epoch = self._stream.epoch == 0
+        batch = self._stream.next_batch()
+        if first_epoch:
+            return tuple(decodable(batch, self._quarantine))
+        return tuple(record for record in batch if record.media is None or not self._quarantine.knows(record))
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the stream stands, as JSON values."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue where `state` was taken."""
+        self._stream.load_state_dict(state)

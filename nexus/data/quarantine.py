@@ -50,6 +50,8 @@ class Quarantine:
         self._bad: dict[str, array[int]] = {}
         self._first_reason: dict[str, str] = {}
         self._logs: dict[Path, _Log] = {}
+        self._earlier: set[tuple[str, int]] | None = None
+        """Rows in the folder's files; read when first asked for."""
 
     def add(self, file: Path | str, row: int, reason: str) -> None:
         """Write down that `row` of `file` cannot be used; the first reason of a row stays.
@@ -78,6 +80,18 @@ class Quarantine:
         if record.source is None:
             raise ValueError(f"expected a record that came from a file, found {record.id!r} without a source")
         self.add(record.source.file, record.source.row, reason)
+
+    def knows(self, record: Record) -> bool:
+        """Whether the record was left out before, by this process or by an earlier one with the same folder."""
+        if record.source is None:
+            return False
+        if self._earlier is None:
+            written = () if self.directory is None else read_quarantine(self.directory)
+            self._earlier = {(entry.file, entry.row) for entry in written}
+        rows = self._bad.get(record.source.file, ())
+        place = bisect_left(rows, record.source.row)
+        now = place < len(rows) and rows[place] == record.source.row
+        return now or (record.source.file, record.source.row) in self._earlier
 
     def counts(self) -> Mapping[str, int]:
         """Bad rows of each file that had any, as this process met them."""

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nexus.config import RunConfig, resolve_path
 from nexus.data.loader import RecordBatches
+from nexus.data.media import DecodableBatches
 from nexus.data.quarantine import Quarantine
 from nexus.data.targets import TargetWriter, check_targets
 from nexus.errors import ArtifactError
@@ -149,20 +150,24 @@ def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts])
         for capability in teacher.capabilities:
             source = config.data_of(capability)
             paths = _unlabelled_paths(run_dir, facts[teacher.id], capability) or [resolve_path(text) for text in source.pool]
-            unlabelled[Assignment(teacher.id, capability)] = RecordBatches(
+            batches = RecordBatches(
                 paths,
                 capability=capability,
                 batch_size=source.batch_size,
                 seed=config.seed * 1000 + number,
                 quarantine=quarantine,
             )
+            unlabelled[Assignment(teacher.id, capability)] = DecodableBatches(batches, quarantine)
     labelled: dict[str, RecordStream] = {
-        source.capability: RecordBatches(
-            [resolve_path(text) for text in source.labelled],
-            capability=source.capability,
-            batch_size=config.distill.labelled_batch_size,
-            seed=config.seed,
-            quarantine=quarantine,
+        source.capability: DecodableBatches(
+            RecordBatches(
+                [resolve_path(text) for text in source.labelled],
+                capability=source.capability,
+                batch_size=config.distill.labelled_batch_size,
+                seed=config.seed,
+                quarantine=quarantine,
+            ),
+            quarantine,
         )
         for source in config.data
         if source.labelled
