@@ -206,7 +206,9 @@ def _quarantined(out: Path) -> dict[str, int]:
     """Bad rows of each input file that this run met, in this command or an earlier one."""
     from nexus.data.quarantine import read_quarantine
 
-    return dict(Counter(row.file for row in read_quarantine(out / "quarantine")))
+    # Stages name one file by different paths.
+    rows = {(str(Path(row.file).resolve()), row.row) for row in read_quarantine(out / "quarantine")}
+    return dict(Counter(file for file, _ in sorted(rows)))
 
 
 def _print_result(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
-from nexus.data.media import add_noise, decode_audio, decode_image
+from nexus.data.loader import RecordBatches, iter_records
+from nexus.data.media import DecodableBatches, add_noise, decodable, decode_audio, decode_image
+from nexus.data.quarantine import Quarantine, read_quarantine
 from nexus.errors import DataError
 
 
@@ -133,3 +137,78 @@ def test_noise_has_the_asked_power(snr_db: float) -> None:
 
 def test_silence_stays_silent() -> None:
     assert not add_noise(np.zeros(100, np.float32), "row", 10.0).any()
+
+
+# --- rows whose media cannot be decoded -----------------------------------------------------------------------------------------
+
+
+def damaged(data: bytes) -> bytes:
+    """The right first bytes, and half of the rest."""
+    return data[: len(data) // 2]
+
+
+@pytest.fixture
+def mixed_rows(tmp_path: Path) -> Path:
+    """Six rows: text, an image, damaged ones, a recording."""
+    picture = image_bytes(Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)), "PNG")
+    sound = wav_bytes(tone(8000, 440), 8000)
+    files = {"a.png": picture, "b.png": damaged(picture), "c.wav": sound, "d.wav": sound[:30], "e.gif": b"GIF89a"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    rows = [
+        {"prompt": "text"},
+        {"prompt": "good", "image": "a.png"},
+        {"prompt": "bad", "image": "b.png"},
+        {"prompt": "good", "audio": "c.wav"},
+        {"prompt": "bad", "audio": "d.wav"},
+        {"prompt": "not decoded here", "video": "e.gif"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_whose_media_cannot_be_decoded_go_to_the_quarantine_with_the_reason(mixed_rows: Path) -> None:
+    quarantine = Quarantine(mixed_rows.parent / "quarantine", 1.0)
+    records = iter_records([mixed_rows], capability="any", quarantine=quarantine)
+    assert [record.prompt for record in decodable(records, quarantine)] == ["text", "good", "good", "not decoded here"]
+    written = list(read_quarantine(mixed_rows.parent / "quarantine"))
+    assert [row.row for row in written] == [3, 5]
+    assert "cannot be decoded" in written[0].reason
+    assert "expected an audio file" in written[1].reason
+
+
+def test_too_many_undecodable_rows_end_the_reading_of_their_file(mixed_rows: Path) -> None:
+    quarantine = Quarantine(None, 0.2)
+    records = iter_records([mixed_rows], capability="any", quarantine=quarantine)
+    with pytest.raises(DataError, match=r"at most 20\.00% bad rows .* found 2 of 6"):
+        list(decodable(records, quarantine))
+
+
+def stream(path: Path, quarantine: Quarantine) -> DecodableBatches:
+    return DecodableBatches(
+        RecordBatches([path], capability="any", batch_size=3, seed=1, quarantine=quarantine), quarantine
+    )
+
+
+def test_no_epoch_of_batches_holds_an_undecodable_row(mixed_rows: Path) -> None:
+    batches = stream(mixed_rows, Quarantine(mixed_rows.parent / "quarantine", 1.0))
+    for _ in range(3):
+        prompts = sorted(record.prompt for _ in range(2) for record in batches.next_batch())
+        assert prompts == ["good", "good", "not decoded here", "text"]
+
+
+def test_a_stream_that_continues_leaves_out_what_an_earlier_process_found(mixed_rows: Path) -> None:
+    folder = mixed_rows.parent / "quarantine"
+    first = stream(mixed_rows, Quarantine(folder, 1.0))
+    for _ in range(3):  # into the second epoch
+        first.next_batch()
+    state = first.state_dict()
+    expected = [first.next_batch() for _ in range(5)]
+    again = stream(mixed_rows, Quarantine(folder, 1.0))
+    again.load_state_dict(state)
+    assert [again.next_batch() for _ in range(5)] == expected
+
+
+def test_a_recording_keeps_its_own_rate_when_none_is_asked_for() -> None:
+    assert len(decode_audio(wav_bytes(tone(8000, 440), 8000), None)) == 4000
