@@ -13,7 +13,7 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nexus.errors import ClusterError
 
@@ -91,7 +91,9 @@ def _probe(address: str, source: str) -> None:
         )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not host or not port.isdigit() or address.startswith("ray://"):
-        raise ClusterError(f"{source}: expected auto, local or HOST:PORT, found {address!r}. Example: --cluster 10.0.0.5:6379")
+        raise ClusterError(
+            f"{source}: expected auto, local or HOST:PORT, found {address!r}. Example: --cluster 10.0.0.5:6379"
+        )
     try:
         with socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S):
             return
@@ -145,7 +147,7 @@ def connect(
         "TOKENIZERS_PARALLELISM": "false",
         **{name: os.environ[name] for name in MALLOC_ENVIRONMENT},
     }
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "namespace": namespace,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -162,7 +164,7 @@ def connect(
         options |= {"address": target.address or "auto"}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        context = ray.init(**options)
+        context: Any = ray.init(**options)  # declared as the common base of a driver's and a client's context
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(
@@ -170,7 +172,11 @@ def connect(
             "`nexus doctor` shows what this machine has."
         ) from None
     resources = ray.cluster_resources()
-    where = "started a local Ray" if target.mode == "local" else f"joined the Ray cluster at {context.address_info['gcs_address']}"
+    where = (
+        "started a local Ray"
+        if target.mode == "local"
+        else f"joined the Ray cluster at {context.address_info['gcs_address']}"
+    )
     dashboard_url = context.dashboard_url
     description = (
         f"{where} ({target.reason}): ray {ray.__version__}, {resources.get('CPU', 0):g} CPUs, "

@@ -72,7 +72,7 @@ class _TeacherCaller:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"work": [], "answer": []}
-        for work_index, teacher, payload in zip(batch["work"], batch["teacher"], batch["payload"]):
+        for work_index, teacher, payload in zip(batch["work"], batch["teacher"], batch["payload"], strict=True):
             out["work"].append(int(work_index))
             out["answer"].append(pickle.dumps(self._ask(str(teacher), payload)))
         return out
@@ -156,7 +156,9 @@ def stream_answers(
     context.execution_no_progress_timeout_s = int(timeout_s * (max_retries + 2)) + 120
     teachers = tuple(dict.fromkeys(work.teacher for work in works))
     reader = _Reader(tuple(works), str(quarantine_dir), max_bad_share)
-    dataset = ray.data.from_items([{"work": index} for index in range(len(works))], override_num_blocks=len(works))
+    dataset: ray.data.Dataset = ray.data.from_items(
+        [{"work": index} for index in range(len(works))], override_num_blocks=len(works)
+    )
     dataset = dataset.map_batches(reader.__call__, batch_size=1, num_cpus=1)
     dataset = dataset.map_batches(
         _TeacherCaller,
@@ -167,7 +169,7 @@ def stream_answers(
     )
     dataset.set_name(name)
     for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
-        for work_index, payload in zip(batch["work"], batch["answer"]):
+        for work_index, payload in zip(batch["work"], batch["answer"], strict=True):
             records, packed = pickle.loads(payload)  # nosec B301: written by `_TeacherCaller`
             result = pickle.loads(packed)  # nosec B301: written by `TeacherActor.packed`
             if isinstance(result, BaseException):

@@ -17,7 +17,9 @@ class TeacherMetrics:
     def __init__(self, teacher: str) -> None:
         tags = {"teacher": teacher}
         self.rows = _counter("nexus_teacher_rows", "Rows that the teacher answered", ("teacher",))
-        self.seconds = _counter("nexus_teacher_busy_seconds", "Seconds inside the teacher's forward passes", ("teacher",))
+        self.seconds = _counter(
+            "nexus_teacher_busy_seconds", "Seconds inside the teacher's forward passes", ("teacher",)
+        )
         self.weight_bytes = _gauge("nexus_teacher_weight_bytes", "Bytes of the loaded weights", ("teacher",))
         self._tags = tags
 
@@ -40,7 +42,9 @@ class TrainerMetrics:
         self.skipped = _counter("nexus_trainer_skipped_steps", "Steps that the recovery skipped", ("student",))
         self.rollbacks = _counter("nexus_trainer_rollbacks", "Rollbacks to an earlier snapshot", ("student",))
         self.wait = _counter("nexus_trainer_wait_seconds", "Seconds spent waiting for teacher targets", ("student",))
-        self.loss = _gauge("nexus_trainer_loss", "Loss of the newest step; teacher `total` is the weighted sum", ("student", "teacher"))
+        self.loss = _gauge(
+            "nexus_trainer_loss", "Loss of the newest step; teacher `total` is the weighted sum", ("student", "teacher")
+        )
 
     def stepped(self, *, total: float, losses: dict[str, float], wait_s: float) -> None:
         """Show one optimizer step."""

@@ -96,7 +96,7 @@ class TeacherPool:
             TowerLoadError: from the first teacher that cannot load.
             TeacherUnavailableError: when a teacher does not answer within `load_timeout_s`.
         """
-        remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)
+        remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)  # type: ignore[call-overload]  # Ray left it out of its types
         handles = {
             spec.id: remote.options(
                 name=actor_name(spec.id),
@@ -155,7 +155,7 @@ class TeacherPool:
         handle = self._lanes[teacher].handle
         reference = handle.health.options(concurrency_group=CONTROL_GROUP).remote()
         try:
-            return ray.get(reference, timeout=timeout_s)  # type: ignore[no-any-return]
+            return ray.get(reference, timeout=timeout_s)
         except (GetTimeoutError, RayActorError) as error:
             raise TeacherUnavailableError(
                 f"Expected {actor_name(teacher)} to answer within {timeout_s:g} s, found {type(error).__name__}."
@@ -163,7 +163,7 @@ class TeacherPool:
 
     def submit(self, key: Hashable, teacher: str, method: str, *arguments: Any) -> None:
         """Queue one call; it starts as soon as the teacher's window has room."""
-        assert key not in self._pending and key not in self._done, f"key {key!r} is in use"
+        assert key not in self._pending | self._done.keys(), f"key {key!r} is in use"
         self._pending.add(key)
         self._lanes[teacher].waiting.append(_Call(key, teacher, method, arguments))
         self._pump()
@@ -239,7 +239,9 @@ class TeacherPool:
             self._retry(lane, call, _one_line(error))
 
     def _retry(self, lane: _Lane, call: _Call, reason: str) -> None:
-        logger.warning("teacher %s: call repeated (%d of %d): %s", call.teacher, call.attempts, self._max_retries, reason)
+        logger.warning(
+            "teacher %s: call repeated (%d of %d): %s", call.teacher, call.attempts, self._max_retries, reason
+        )
         if self._on_event:
             self._on_event("retry", call.teacher, reason)
         if call.attempts > self._max_retries:

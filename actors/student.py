@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 from nexus.config import RunConfig, resolve_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from nexus.assembly.bundle import Answer, BundleStudent
     from nexus.data.records import Record
-    from nexus.training.objective import TeacherFacts
+    from nexus.student.memory import NexusStudent
+    from nexus.training.facts import TeacherFacts
 
 STUDENT_DIR = "student"
 """Folder of the run directory that holds the distilled student with its router."""
@@ -129,7 +132,7 @@ class StudentActor:
             )
         return BundleStudent(*self._trained(name, teachers), max_length=max_length)
 
-    def _trained(self, name: str, teachers: tuple[TeacherFacts, ...]):  # type: ignore[no-untyped-def]
+    def _trained(self, name: str, teachers: tuple[TeacherFacts, ...]) -> tuple[NexusStudent, PreTrainedTokenizerBase]:
         """Student and tokenizer of the newest checkpoint."""
         import torch
 

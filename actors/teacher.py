@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import pickle  # nosec B403 # results for processes of the same Ray session, whose own protocol is pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nexus.data.records import Record
-    from nexus.profiling.niwt import BatchMeasurement
-    from nexus.towers.engine import TeacherEngine
+    from nexus.profiling.consolidation import BatchMeasurement
+    from nexus.towers.engine import ProfileStrategy, TeacherEngine
     from nexus.towers.registry import TeacherSpec
     from nexus.towers.tax import TaxMeasurement
 
 CONTROL_GROUP = "control"
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class TeacherActor:
             len(records), lambda engine: engine.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
-    def measure(self, records: Sequence[Record], strategy: str, snr_db: float | None) -> BatchMeasurement:
+    def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
         return self._timed(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
 
@@ -114,7 +116,7 @@ class TeacherActor:
         """Pid, incarnation and counters; call it in the control group."""
         return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
 
-    def _timed(self, rows, call):  # type: ignore[no-untyped-def]  # one generic line; the callers above are typed
+    def _timed(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         engine = self._loaded()
         start = time.perf_counter()
         result = call(engine)

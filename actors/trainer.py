@@ -19,10 +19,12 @@ from nexus.config import RunConfig
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
+    from actors.metrics import TrainerMetrics
     from actors.pool import TeacherPool
+    from nexus.run import EventLog
     from nexus.student.memory import NexusStudent
+    from nexus.training.facts import TeacherFacts
     from nexus.training.loop import DistillationLoop, StepReport
-    from nexus.training.objective import TeacherFacts
 
 STOP_TIMEOUT_S = 60.0
 """Longest wait for a trainer to finish its step and save, after Ctrl-C."""
@@ -79,7 +81,7 @@ class PoolSource:
 
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for one answer."""
-        return self._pool.collect(key)  # type: ignore[no-any-return]
+        return self._pool.collect(key)
 
     def forget(self) -> None:
         """Drop what is in flight."""
@@ -185,11 +187,9 @@ class TrainerActor:
             wait_seconds=totals["wait"],
         )
 
-    def _source(self, events: object) -> PoolSource:
+    def _source(self, events: EventLog) -> PoolSource:
         from actors.pool import TeacherPool
-        from nexus.run import EventLog
 
-        assert isinstance(events, EventLog)
         settings = self._plan.config.distill
         pool = TeacherPool.attach(
             [teacher.id for teacher in self._plan.teachers],
@@ -197,16 +197,17 @@ class TrainerActor:
             timeout_s=settings.target_timeout_s,
             max_retries=settings.max_retries,
             on_event=lambda kind, teacher, reason: events.write(
-                {"kind": "restart" if kind == "retry" else kind, "teacher": teacher, "reason": reason, "step": self._progress.step}
+                {
+                    "kind": "restart" if kind == "retry" else kind,
+                    "teacher": teacher,
+                    "reason": reason,
+                    "step": self._progress.step,
+                }
             ),
         )
         return PoolSource(pool)
 
-    def _record(self, report: StepReport, loop: DistillationLoop, events: object, metrics: object) -> None:
-        from actors.metrics import TrainerMetrics
-        from nexus.run import EventLog
-
-        assert isinstance(events, EventLog) and isinstance(metrics, TrainerMetrics)
+    def _record(self, report: StepReport, loop: DistillationLoop, events: EventLog, metrics: TrainerMetrics) -> None:
         student = self._plan.student
         common = {"student": student, "step": report.step, "draw": report.draw}
         numbers = {
@@ -225,7 +226,10 @@ class TrainerActor:
             metrics.stepped(total=report.total, losses=dict(report.losses), wait_s=report.wait_s)
         else:
             # JSON has no NaN: what is not finite is written as text.
-            finite = {key: value if value == value and abs(value) != float("inf") else str(value) for key, value in (("total", report.total), ("grad_norm", report.grad_norm))}
+            finite = {
+                key: value if value == value and abs(value) != float("inf") else str(value)
+                for key, value in (("total", report.total), ("grad_norm", report.grad_norm))
+            }
             events.write({"kind": report.action, **common, **finite, "restored_step": report.restored_step})
             metrics.recovered(report.action)
         note = f"loss {report.total:.3f}" if report.action == "step" else f"{report.action} at draw {report.draw}"

@@ -337,9 +337,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         document = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            f"Expected a configuration at {path}, found no such file. `nexus init` writes one."
-        ) from None
+        raise ConfigError(f"Expected a configuration at {path}, found no such file. `nexus init` writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Expected a readable YAML file at {path}, found: {error}.") from None
     except yaml.YAMLError as error:
@@ -426,7 +424,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
         if item["type"] == "too_short" and any(place[: len(item["loc"])] == item["loc"] != place for place in places):
             continue  # its items were there, and each bad one is named by itself
-        place = ".".join(str(part) for part in item["loc"] if part not in ("registry", "path", "hub") or part == item["loc"][-1])
+        place = ".".join(
+            str(part) for part in item["loc"] if part not in ("registry", "path", "hub") or part == item["loc"][-1]
+        )
         if item["type"] == "extra_forbidden":
             *_, name = item["loc"]
             known = _fields_at(RunConfig, item["loc"][:-1])
@@ -439,14 +439,17 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{place!r}: {item['msg']}, found {item['input']!r}"
 
 
+_TEACHER_KINDS: dict[str, type[BaseModel]] = {"registry": RegistryTeacher, "path": PathTeacher, "hub": HubTeacher}
+"""What `kind` of a teacher means; pydantic puts it into an error's location."""
+
+
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the schema at an error's location."""
     for part in location:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part)
-        variants = {variant.model_fields["kind"].annotation: variant for variant in (RegistryTeacher, PathTeacher, HubTeacher)}
-        chosen = next((variant for kind, variant in variants.items() if part in get_args(kind)), None)
+        chosen = _TEACHER_KINDS.get(part)
         if field is None and chosen is not None:
             model = chosen
             continue

@@ -21,6 +21,8 @@ from nexus.config import RunConfig, dump_config
 from nexus.errors import ArtifactError
 
 STAGES = ("profile", "extract", "distill", "route", "evaluate", "export", "report")
+WORK = ("stages", "profile", "targets", "checkpoints")
+"""What stands in a run directory as soon as any stage has done something."""
 CONFIG_FILE = "config.resolved.yaml"
 EVENTS_FILE = "events.jsonl"
 MIN_FREE_BYTES = 64 * 2**20
@@ -71,7 +73,8 @@ class RunDirectory:
                 "Free disk space or choose another --out."
             )
         resolved = self.path / CONFIG_FILE
-        if not resolved.exists():
+        if not any((self.path / name).exists() for name in WORK):
+            # Nothing is lost by another configuration, such as one in which a mistake was mended.
             write_bytes_atomically(resolved, dump_config(config).encode())
             return
         there = yaml.safe_load(resolved.read_text())
@@ -165,8 +168,14 @@ def _differences(old: Any, new: Any, place: str) -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [
-            item for key in keys for item in _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+            item
+            for key in keys
+            for item in _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [item for index, pair in enumerate(zip(old, new)) for item in _differences(*pair, f"{place}.{index}")]
+        return [
+            item
+            for index, pair in enumerate(zip(old, new, strict=True))
+            for item in _differences(*pair, f"{place}.{index}")
+        ]
     return [] if old == new else [(place, old, new)]

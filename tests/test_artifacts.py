@@ -23,7 +23,12 @@ from nexus.errors import ArtifactError
 
 def _record() -> StageRecord:
     return StageRecord(
-        stage="profile", fingerprint="ab", seconds=1.5, peak_memory_gib=0.1, outputs={"a": "b"}, summary={"rows": 3, "x": "y"}
+        stage="profile",
+        fingerprint="ab",
+        seconds=1.5,
+        peak_memory_gib=0.1,
+        outputs={"a": "b"},
+        summary={"rows": 3, "x": "y"},
     )
 
 

@@ -54,8 +54,16 @@ def test_a_stage_with_damaged_outputs_is_not_complete(tmp_path, config, damage):
     assert run.completed("profile") is None
 
 
+def test_a_mended_configuration_takes_over_a_directory_in_which_nothing_was_done(tmp_path, config):
+    RunDirectory(tmp_path / "r", config).close()
+    mended = load_config(QUICKSTART, ["distill.steps=300"])
+    RunDirectory(tmp_path / "r", mended).close()
+    assert load_config(tmp_path / "r" / "config.resolved.yaml") == mended
+
+
 def test_another_configuration_is_refused_and_its_difference_named(tmp_path, config):
     RunDirectory(tmp_path / "r", config).close()
+    (tmp_path / "r" / "profile").mkdir()
     other = load_config(QUICKSTART, ["distill.steps=300"])
     with pytest.raises(ArtifactError, match=r"distill\.steps = \d+ there and 300 here\. Choose another --out"):
         RunDirectory(tmp_path / "r", other)

@@ -104,7 +104,9 @@ def check_targets(path: Path, fingerprint: str) -> int:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"Expected teacher targets in {path}, found: {error}. Delete the file and extract again.") from None
+        raise ArtifactError(
+            f"Expected teacher targets in {path}, found: {error}. Delete the file and extract again."
+        ) from None
     found = (file.schema_arrow.metadata or {}).get(_FINGERPRINT_KEY, b"none").decode()
     if found != fingerprint:
         raise ArtifactError(

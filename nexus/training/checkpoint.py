@@ -41,7 +41,13 @@ class CheckpointManifest(StrictModel):
 
 
 def save_checkpoint(
-    directory: Path, *, step: int, fingerprint: str, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+    directory: Path,
+    *,
+    step: int,
+    fingerprint: str,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write one checkpoint below `directory` and drop all but the newest `keep`.
 
@@ -98,7 +104,9 @@ def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str
     for name, digest in manifest.files.items():
         path = newest / name
         if not path.is_file() or sha256_of(path) != digest:
-            raise ArtifactError(f"Expected {path} as its manifest describes it, found another or no file. Delete {newest}.")
+            raise ArtifactError(
+                f"Expected {path} as its manifest describes it, found another or no file. Delete {newest}."
+            )
     state = torch.load(newest / STATE_FILE, weights_only=True, map_location="cpu")
     weights = load_file(newest / WEIGHTS_FILE)
     return manifest.step, weights | {name: weights[target] for name, target in manifest.aliases.items()}, state

@@ -65,7 +65,9 @@ def parse_spike(text: str) -> Spike:
     """
     match = re.fullmatch(r"(\d+):(?:(nan)|x(\d+(?:\.\d+)?))", text)
     if match is None:
-        raise ConfigError(f"Expected --inject-spike STEP:nan or STEP:xFACTOR, found {text!r}. Example: --inject-spike 50:x50")
+        raise ConfigError(
+            f"Expected --inject-spike STEP:nan or STEP:xFACTOR, found {text!r}. Example: --inject-spike 50:x50"
+        )
     draw, is_nan, factor = match.groups()
     return Spike(int(draw), "nan" if is_nan else "scale", math.nan if is_nan else float(factor))
 
@@ -151,7 +153,10 @@ class DistillationLoop:
         self._asked = 0
         """Draws ahead whose targets have been asked for."""
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(objective, settings.weight_decay), lr=settings.learning_rate, betas=ADAM_BETAS, foreach=True
+            _parameter_groups(objective, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=ADAM_BETAS,
+            foreach=True,
         )
         self.scheduler = LearningRateSchedule(
             self.optimizer,
@@ -160,7 +165,9 @@ class DistillationLoop:
             final_fraction=FINAL_RATE_FRACTION,
         )
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._parts: dict[str, Stateful] = {f"standardiser.{key}": part for key, part in objective.standardisers.items()}
+        self._parts: dict[str, Stateful] = {
+            f"standardiser.{key}": part for key, part in objective.standardisers.items()
+        }
         self._parts["generator"] = _GeneratorState(self._generator)
         if surgery is not None:
             self._parts["surgery"] = surgery
@@ -174,7 +181,9 @@ class DistillationLoop:
             quarantine=quarantine,
         )
 
-    def run(self, *, on_report: Callable[[StepReport], None], should_stop: Callable[[], bool], save: Callable[[], None]) -> bool:
+    def run(
+        self, *, on_report: Callable[[StepReport], None], should_stop: Callable[[], bool], save: Callable[[], None]
+    ) -> bool:
         """Train to the last step; True when it was reached, False when `should_stop` ended it. `save` writes a checkpoint.
 
         Raises:

@@ -128,14 +128,16 @@ class DistillationObjective(nn.Module):
         if targets is not None:
             _check_targets(teacher, records, targets)
         if teacher.label_texts is not None:
-            assert targets is not None and targets.label_logprobs_BC is not None
+            assert targets is not None
+            assert targets.label_logprobs_BC is not None
             chosen = targets.label_logprobs_BC.argmax(axis=1)
             completions = [teacher.label_texts[index] for index in chosen]
         else:
             completions = [_completion(record) for record in records]
         passed = self._forward(records, completions)
         if teacher.label_texts is not None:
-            assert targets is not None and targets.label_logprobs_BC is not None
+            assert targets is not None
+            assert targets.label_logprobs_BC is not None
             divergence = self._classifier_divergence(teacher, passed, targets) + self._tower_divergence(
                 teacher, passed, targets
             )
@@ -325,7 +327,9 @@ class _Passed:
         return torch.stack([sums_B, self.scored_mask_BT.sum(dim=1).to(sums_B)])
 
 
-def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], towers: Mapping[str, Sequence[str]]) -> StudentSpec:
+def align_with_teachers(
+    spec: StudentSpec, teachers: Sequence[TeacherFacts], towers: Mapping[str, Sequence[str]]
+) -> StudentSpec:
     """`spec` with an affine map for every critical layer whose teacher has a tower.
 
     Args:
@@ -339,7 +343,11 @@ def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], tow
         if teacher.role == "causal_lm" and not teacher.shares_tokenizer:
             continue
         if teacher.role == "encoder" and (tower is None or teacher.label_texts is None):
-            missing = "vision or audio under data.<capability>.towers" if tower is None else "a classification head with label texts"
+            missing = (
+                "vision or audio under data.<capability>.towers"
+                if tower is None
+                else "a classification head with label texts"
+            )
             raise ConfigError(
                 f"Expected the encoder teacher {teacher.id!r} to come with {missing}, found none: its rows could not be answered in "
                 "text. Add it, or remove the teacher."
@@ -358,7 +366,9 @@ def align_with_teachers(spec: StudentSpec, teachers: Sequence[TeacherFacts], tow
 
 def label_token_ids(label_texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     """Each label text as completion tokens of the student, end-of-sequence included."""
-    records = [Record(id=str(index), capability="label", prompt="", completion=text) for index, text in enumerate(label_texts)]
+    records = [
+        Record(id=str(index), capability="label", prompt="", completion=text) for index, text in enumerate(label_texts)
+    ]
     return [tuple(int(token) for token in row.completion_ids) for row in tokenise_rows(records, tokenizer)]
 
 
@@ -378,7 +388,9 @@ def _tower_of(spec: StudentSpec, teacher: str) -> str | None:
 
 def _completion(record: Record) -> str:
     if record.completion is None:
-        raise TowerLoadError(f"Expected a completion in row {record.id}, found none. Extract the teacher's answers first.")
+        raise TowerLoadError(
+            f"Expected a completion in row {record.id}, found none. Extract the teacher's answers first."
+        )
     return record.completion
 
 

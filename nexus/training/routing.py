@@ -55,7 +55,10 @@ def train_router(
     embedding_RE = _embed(student, tokenizer, rows, max_length)
     labels_RN = torch.tensor([[tower in towers[row.capability] for tower in TOWERS] for row in rows])
     available_RN = torch.tensor(
-        [[tower == "reasoning" or (row.media is not None and _tower_of_media(row) == tower) for tower in TOWERS] for row in rows]
+        [
+            [tower == "reasoning" or (row.media is not None and _tower_of_media(row) == tower) for tower in TOWERS]
+            for row in rows
+        ]
     )
     first, second = (len(rows) * 3) // 5, (len(rows) * 4) // 5
     router = student.router
@@ -84,7 +87,9 @@ def _embed(
     """[R, E]: the frozen student's pooled embedding of each prompt."""
     parts = []
     for start in range(0, len(rows), EMBED_ROWS):
-        prompts = [Record(id=row.id, capability=row.capability, prompt=row.prompt) for row in rows[start : start + EMBED_ROWS]]
+        prompts = [
+            Record(id=row.id, capability=row.capability, prompt=row.prompt) for row in rows[start : start + EMBED_ROWS]
+        ]
         batch = collate(prompts, tokenizer, max_length=max_length)
         parts.append(student.embed(batch.input_ids_BT, batch.attention_mask_BT.bool()))
     return torch.cat(parts)

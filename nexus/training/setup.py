@@ -109,7 +109,9 @@ def build_loop(
         importance=importance,
         surgery=surgery,
         recovery=RecoveryConfig(max_rollbacks=distill.recovery.max_rollbacks),
-        quarantine=SampleQuarantine(_prepared(run_dir / "quarantine") / f"samples-{'distilled' if teachers else 'labels_only'}.jsonl"),
+        quarantine=SampleQuarantine(
+            _prepared(run_dir / "quarantine") / f"samples-{'distilled' if teachers else 'labels_only'}.jsonl"
+        ),
         settings=LoopSettings(
             steps=distill.steps,
             learning_rate=distill.learning_rate,
@@ -149,7 +151,9 @@ def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts])
             continue
         for capability in teacher.capabilities:
             source = config.data_of(capability)
-            paths = _unlabelled_paths(run_dir, facts[teacher.id], capability) or [resolve_path(text) for text in source.pool]
+            paths = _unlabelled_paths(run_dir, facts[teacher.id], capability) or [
+                resolve_path(text) for text in source.pool
+            ]
             batches = RecordBatches(
                 paths,
                 capability=capability,
@@ -205,7 +209,5 @@ def load_trained_student(
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
     prefix = "student."
-    student.load_state_dict(
-        {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
-    )
+    student.load_state_dict({key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)})
     return student.eval(), tokenizer

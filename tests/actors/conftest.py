@@ -51,6 +51,8 @@ def rows_file(tmp_path) -> Path:
 def rows_parquet(tmp_path) -> Path:
     """12 readable rows as Parquet in 3 row groups."""
     path = tmp_path / "rows.parquet"
-    table = pa.table({"id": [f"r{n}" for n in range(12)], "question": [f"Tom has {n} pens. How many?" for n in range(12)]})
+    table = pa.table(
+        {"id": [f"r{n}" for n in range(12)], "question": [f"Tom has {n} pens. How many?" for n in range(12)]}
+    )
     pq.write_table(table, path, row_group_size=4)
     return path

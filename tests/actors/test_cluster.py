@@ -15,7 +15,13 @@ from nexus.errors import ClusterError
 @pytest.fixture
 def clean_environment(monkeypatch, tmp_path):
     """No job, no address, no running cluster, an empty home."""
-    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name in (*MALLOC_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL", "RAY_DATA_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "0")

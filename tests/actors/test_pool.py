@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 import ray
@@ -130,13 +129,10 @@ def test_a_batch_that_times_out_is_asked_again_and_then_given_up(pool):
     )
     # No answer can come within 0 s, so each attempt is a timeout.
     hasty.submit("k", "sample-reasoning", "score", _request(1))
-    deadline = time.monotonic() + 60
+    for call in hasty._lanes["sample-reasoning"].in_flight.values():
+        call.deadline = -1.0
     with pytest.raises(TeacherUnavailableError, match="failed 2 times"):
-        while time.monotonic() < deadline:
-            lane = hasty._lanes["sample-reasoning"]
-            for call in lane.in_flight.values():
-                call.deadline = -1.0
-            hasty.collect("k", timeout_s=30)
+        hasty.collect("k", timeout_s=30)
     assert events == [("retry", "sample-reasoning")] * 2
 
 
@@ -157,6 +153,4 @@ def test_a_teacher_that_cannot_load_says_why_and_does_not_hang(ray_cluster, tmp_
     (tmp_path / "empty").mkdir()
     spec = TeacherSpec(id="broken", path=str(tmp_path / "empty"), revision=None, role="causal_lm")
     with pytest.raises(TowerLoadError, match="broken"):
-        TeacherPool.start(
-            [spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60
-        )
+        TeacherPool.start([spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60)

@@ -7,4 +7,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest_training import spec, tokenizer  # noqa: E402, F401  # fixtures
+from conftest_training import spec, tokenizer  # noqa: F401  # fixtures

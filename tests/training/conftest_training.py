@@ -138,7 +138,9 @@ def token_targets(teacher: TeacherFacts, rows, tokenizer, *, seed: int = 0, top_
             logprobs.numpy().astype(np.float32),
             tail.numpy().astype(np.float32),
         ),
-        hidden={layer: random.normal(size=(len(ids), WIDTH)).astype(np.float16) for layer, _ in teacher.critical_layers},
+        hidden={
+            layer: random.normal(size=(len(ids), WIDTH)).astype(np.float16) for layer, _ in teacher.critical_layers
+        },
         pooled_BE=None,
         label_texts=None,
         label_logprobs_BC=None,

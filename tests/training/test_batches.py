@@ -14,7 +14,9 @@ class CountingStream:
 
     def next_batch(self) -> tuple[Record, ...]:
         number, self.position = self.position, self.position + 1
-        return tuple(Record(id=f"{self.name}{number}.{row}", capability=self.name, prompt="p") for row in range(self.size))
+        return tuple(
+            Record(id=f"{self.name}{number}.{row}", capability=self.name, prompt="p") for row in range(self.size)
+        )
 
     def state_dict(self) -> dict:
         return {"position": self.position}

@@ -16,7 +16,13 @@ def _save(folder, step, **changes):
     values = {
         "step": step,
         "fingerprint": "f",
-        "weights": {"head": tied, "embed": tied, "other": torch.ones(3), "empty": torch.empty(0), "empty2": torch.empty(0)},
+        "weights": {
+            "head": tied,
+            "embed": tied,
+            "other": torch.ones(3),
+            "empty": torch.empty(0),
+            "empty2": torch.empty(0),
+        },
         "state": {"step": step, "rng": torch.get_rng_state(), "list": [1, 2.5, "x"]},
     }
     return save_checkpoint(folder, **{**values, **changes})

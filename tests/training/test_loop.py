@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from conftest_training import CAPABILITIES, facts, image_rows, label_targets, text_rows, token_targets
+
 from nexus.errors import ConfigError
 from nexus.student.memory import NexusStudent
 from nexus.training.batches import Assignment, StepBatches
@@ -247,7 +247,13 @@ def test_a_nan_is_skipped_without_costing_a_step_and_changes_nothing(spec, token
 def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, tokenizer):
     recovery = RecoveryConfig(flags_to_rollback=1, certify_steps=1, suspect_margin=0, warmup=4, window=8)
     loop, source = _loop(
-        spec, tokenizer, steps=20, snapshot_every=2, spike=Spike(12, "scale", 1e6), recovery=recovery, learning_rate=1e-4
+        spec,
+        tokenizer,
+        steps=20,
+        snapshot_every=2,
+        spike=Spike(12, "scale", 1e6),
+        recovery=recovery,
+        learning_rate=1e-4,
     )
     finished, reports = _run(loop)
     assert finished

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest_training import (
     CAPABILITIES,
     facts,
@@ -17,6 +16,7 @@ from conftest_training import (
     text_rows,
     token_targets,
 )
+
 from nexus.data.collate import collate
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.memory import NexusStudent
@@ -89,7 +89,9 @@ def test_token_distillation_equals_the_dense_reference_at_full_vocabulary(spec, 
     logits = output.trunk.logits[:, :-1][batch.loss_mask_BT[:, 1:]].double()
     q = (logits / 2.0).softmax(-1).numpy()
     p = np.zeros_like(q)
-    np.put_along_axis(p, targets.tokens.ids_NK.astype(int), np.exp(targets.tokens.logprobs_NK.astype(np.float64)), axis=1)
+    np.put_along_axis(
+        p, targets.tokens.ids_NK.astype(int), np.exp(targets.tokens.logprobs_NK.astype(np.float64)), axis=1
+    )
     a = 0.1
 
     def kl(x, y):
@@ -138,7 +140,9 @@ def test_a_classifier_teaches_text_and_its_patches_teach_the_tower(spec, tokeniz
     teacher = facts("labels")
     objective = _objective(spec, tokenizer, [teacher])
     rows = image_rows()
-    loss = objective.teacher_loss(Assignment("labels", "sight"), rows, label_targets(teacher, rows, positions=positions))
+    loss = objective.teacher_loss(
+        Assignment("labels", "sight"), rows, label_targets(teacher, rows, positions=positions)
+    )
     assert any(name.startswith("student.core.layers") for name in _gradient_names(objective, loss.kd))
     anchored = _gradient_names(objective, loss.anchor)
     maps = "student.adapters.vision.alignments."

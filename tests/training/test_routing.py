@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest_training import text_rows
 from PIL import Image
 
-from conftest_training import text_rows
 from nexus.config import TOWERS, RouterConfig
 from nexus.data.collate import collate
 from nexus.data.records import Media, Record
@@ -54,7 +54,11 @@ def _decide(student, tokenizer, rows):
     batch = collate([replace(row, completion=None) for row in rows], tokenizer, max_length=64)
     available = torch.tensor(
         [
-            [True, row.media is not None and row.media.kind != "audio", row.media is not None and row.media.kind == "audio"]
+            [
+                True,
+                row.media is not None and row.media.kind != "audio",
+                row.media is not None and row.media.kind == "audio",
+            ]
             for row in rows
         ]
     )

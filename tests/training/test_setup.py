@@ -140,9 +140,10 @@ def test_the_router_knows_the_keywords_of_the_data_and_alignments_exist_only_whe
     assert [len(adapter.alignments) for adapter in alone.adapters().values()] == [0, 0, 0]
     # Two critical layers each; classifiers also teach their labels.
     assert [len(adapter.alignments) for adapter in taught.adapters().values()] == [2, 3, 3]
-    assert replace(taught, reasoning=None, vision=None, audio=None).to_dict() == replace(
-        alone, reasoning=None, vision=None, audio=None
-    ).to_dict()
+    assert (
+        replace(taught, reasoning=None, vision=None, audio=None).to_dict()
+        == replace(alone, reasoning=None, vision=None, audio=None).to_dict()
+    )
 
 
 def test_a_taught_student_steps_on_every_teacher_s_real_targets(run_dir, teachers, engines):
