@@ -203,6 +203,22 @@ class Session:
             for teacher in self.config.teachers
         ]
 
+    def check_inputs(self) -> None:
+        """Look at every data file and every teacher's folder: a mistake there need not wait for Ray.
+
+        Raises:
+            DataError: a data file is missing, empty, or of an unknown kind.
+            TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
+        """
+        from nexus.config import resolve_path
+        from nexus.data.loader import iter_records
+
+        self.specs  # noqa: B018  # resolves
+        for source in self.config.data:
+            for texts in (source.pool, source.labelled, source.test):
+                if texts:
+                    iter_records([resolve_path(text) for text in texts], capability=source.capability, quarantine=None)
+
     def checkpoint_of(self, teacher_id: str) -> Path:
         """Checkpoint folder of one teacher."""
         return next(Path(spec.path) for spec in self.specs if spec.id == teacher_id)

@@ -32,6 +32,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 """Which stages a stage reads from."""
 
+READS_INPUTS = ("profile", "extract", "distill")
+"""Stages for which data and teachers are looked at before Ray starts."""
+
 
 def closure(stage: str) -> tuple[str, ...]:
     """`stage` and everything that it needs, in running order."""
@@ -60,6 +63,8 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
             continue
         session.run.reset(stage)
         redo.add(stage)
+        if stage in READS_INPUTS:
+            session.check_inputs()
         session.memory.reset()
         start = time.perf_counter()
         outputs, summary = _run(stage, session, inject_spike)

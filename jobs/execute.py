@@ -61,6 +61,7 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     # Before the libraries that read them are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from jobs.console import ConsoleReporter
 
     reporter = ConsoleReporter()
