@@ -432,7 +432,7 @@ def teachers_show(
 
 @teachers_app.command("pull")
 def teachers_pull(
-    teacher: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of teachers.", show_default=False)],
+    teacher: Annotated[list[str], typer.Argument(metavar="ID", help="Ids of teachers.", show_default=False)],
     models_dir: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
