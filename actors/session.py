@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_environment, resolve_cluster
 from actors.memory import MemoryMeter
 from nexus.artifacts import read_artifact
-from nexus.config import RunConfig
+from nexus.config import Role, RunConfig
 from nexus.errors import NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
@@ -197,9 +197,7 @@ class Session:
 
         registry = load_registry()
         return [
-            dataclasses.replace(
-                resolve_teacher(teacher, registry, models_dir=self._models_dir), id=teacher.id
-            )
+            dataclasses.replace(resolve_teacher(teacher, registry, models_dir=self._models_dir), id=teacher.id)
             for teacher in self.config.teachers
         ]
 
@@ -224,7 +222,7 @@ class Session:
         return next(Path(spec.path) for spec in self.specs if spec.id == teacher_id)
 
     @property
-    def roles(self) -> dict[str, str]:
+    def roles(self) -> dict[str, Role]:
         """Role of each teacher, known without loading it."""
         from nexus.config import RegistryTeacher
         from nexus.towers.registry import load_registry
@@ -266,7 +264,9 @@ class Session:
         ready: list[Any] = []
         while not ready:
             if time.monotonic() > limit:
-                raise StageFailedError(f"Expected an answer within {timeout_s:.0f} s, found none. Run the same command again.")
+                raise StageFailedError(
+                    f"Expected an answer within {timeout_s:.0f} s, found none. Run the same command again."
+                )
             self.check_signals()
             ready, _ = ray.wait([reference], timeout=1.0)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
@@ -19,6 +19,8 @@ from nexus.run import STAGES
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherWork
+    from actors.trainer import TrainerProgress
+    from nexus.profiling.consolidation import BatchMeasurement
     from nexus.training.facts import TeacherFacts
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -82,7 +84,8 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
             write_metrics(session)
         news = ", ".join(f"{key} {value}" for key, value in summary.items())
         session.reporter.line(
-            f"{stage}: done in {records[stage].seconds:.1f} s, {records[stage].peak_memory_gib:.2f} GiB" + (f" ({news})" if news else "")
+            f"{stage}: done in {records[stage].seconds:.1f} s, {records[stage].peak_memory_gib:.2f} GiB"
+            + (f" ({news})" if news else "")
         )
     return records
 
@@ -137,7 +140,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
             )
     reports = session.load_reports
     start = time.perf_counter()
-    measurements: dict[str, list[object]] = {teacher.id: [] for teacher in config.teachers}
+    measurements: dict[str, list[BatchMeasurement]] = {teacher.id: [] for teacher in config.teachers}
     rows = 0
     for answer in stream_answers(
         works,
@@ -157,7 +160,9 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
     summary: Summary = {}
     for teacher_id, parts in measurements.items():
         if not parts:
-            raise DataError(f"Expected rows to profile {teacher_id} on, found none readable. See quarantine/ in the run directory.")
+            raise DataError(
+                f"Expected rows to profile {teacher_id} on, found none readable. See quarantine/ in the run directory."
+            )
         result: NIWTProfile = consolidate(
             parts,
             teacher=teacher_id,
@@ -272,6 +277,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     actors = {}
     references = {}
     share = session.gpu_share(len(config.teachers) + len(students))
+    remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(
             config=config,
@@ -281,7 +287,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             inject_spike=inject_spike if student == "distilled" else None,
         )
         options = session.actor_options(f"trainer:{student}") | {"num_gpus": share}
-        actors[student] = ray.remote(concurrency_groups={"control": 1})(TrainerActor).options(**options).remote(plan)
+        actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}
     pending = list(references)
@@ -314,7 +320,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     return outputs, summary
 
 
-def _progress(actor):  # type: ignore[no-untyped-def]
+def _progress(actor: Any) -> TrainerProgress | None:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
@@ -367,9 +373,7 @@ def evaluate(session: Session) -> tuple[list[Path], Summary]:
     from actors.evaluation import evaluate_run
 
     outputs, retention = evaluate_run(session)
-    summary: Summary = {
-        f"retention_{name}": round(value.retention, 3) for name, value in retention.items()
-    }
+    summary: Summary = {f"retention_{name}": round(value.retention, 3) for name, value in retention.items()}
     return outputs, summary
 
 

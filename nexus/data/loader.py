@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, BinaryIO, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import (
     PROMPT_COLUMNS,

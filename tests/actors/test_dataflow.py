@@ -47,7 +47,9 @@ def _stream(works, tmp_path, bad_share=0.5):
     )
 
 
-def test_rows_of_all_files_arrive_once_in_order_and_bad_ones_are_quarantined(teacher, rows_file, rows_parquet, tmp_path):
+def test_rows_of_all_files_arrive_once_in_order_and_bad_ones_are_quarantined(
+    teacher, rows_file, rows_parquet, tmp_path
+):
     works = [_work(rows_file), _work(rows_parquet, skip_rows=3, max_rows=7, batch_size=2)]
     seen: dict[int, list[str]] = {0: [], 1: []}
     for answer in _stream(works, tmp_path):
