@@ -123,16 +123,19 @@ def test_a_batch_that_times_out_is_asked_again_and_then_given_up(pool):
     hasty = TeacherPool.attach(
         ["sample-reasoning"],
         window=4,
-        timeout_s=0.0,
+        timeout_s=0.5,
         max_retries=1,
         on_event=lambda kind, teacher, reason: events.append((kind, teacher)),
     )
-    # No answer can come within 0 s, so each attempt is a timeout.
-    hasty.submit("k", "sample-reasoning", "score", _request(1))
-    for call in hasty._lanes["sample-reasoning"].in_flight.values():
-        call.deadline = -1.0
-    with pytest.raises(TeacherUnavailableError, match="failed 2 times"):
-        hasty.collect("k", timeout_s=30)
+    # A stopped process answers nothing, however slow or fast the machine is.
+    pid = pool.health("sample-reasoning", timeout_s=60).pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        hasty.submit("k", "sample-reasoning", "score", _request(1))
+        with pytest.raises(TeacherUnavailableError, match="failed 2 times"):
+            hasty.collect("k", timeout_s=60)
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert events == [("retry", "sample-reasoning")] * 2
 
 
@@ -152,5 +155,5 @@ def test_a_killed_teacher_is_restarted_and_its_lost_batches_answered_alike(ray_c
 def test_a_teacher_that_cannot_load_says_why_and_does_not_hang(ray_cluster, tmp_path):
     (tmp_path / "empty").mkdir()
     spec = TeacherSpec(id="broken", path=str(tmp_path / "empty"), revision=None, role="causal_lm")
-    with pytest.raises(TowerLoadError, match="broken"):
+    with pytest.raises(TowerLoadError, match=r"config\.json in .*empty, found no such file"):
         TeacherPool.start([spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60)
