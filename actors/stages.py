@@ -296,7 +296,10 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             session.check_signals()
             ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
             for reference in ready:
-                results[references[reference]] = session.wait_for(reference)
+                student = references[reference]
+                results[student] = session.wait_for(reference)
+                # Its half GiB is wanted by the stages to come.
+                ray.kill(actors[student])
             progress = [_progress(actor) for name, actor in actors.items() if name not in results]
             for news in progress:
                 if news is not None:
