@@ -17,7 +17,13 @@ from typing import Any, Literal
 
 from nexus.errors import ClusterError
 
+logger = logging.getLogger(__name__)
+
 PROBE_TIMEOUT_S = 2.0
+LOCAL_STARTS = 2
+"""Ray gives its node 30 s to come up and cannot be told otherwise; a busy machine needs more, and the second start finds warm
+caches."""
+SLOW_START = "timed out during startup"
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
@@ -163,14 +169,7 @@ def connect(
     else:
         options |= {"address": target.address or "auto"}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        context: Any = ray.init(**options)  # declared as the common base of a driver's and a client's context
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ClusterError(
-            f"Expected to {'start' if target.mode == 'local' else 'join'} a Ray cluster ({target.reason}), found: {reason}. "
-            "`nexus doctor` shows what this machine has."
-        ) from None
+    context = _init(options, target)
     resources = ray.cluster_resources()
     where = (
         "started a local Ray"
@@ -185,3 +184,24 @@ def connect(
     )
     session_name = Path(context.address_info["session_dir"]).name
     return ClusterSession(target, namespace, description, ray.get_runtime_context().get_node_id(), session_name)
+
+
+def _init(options: dict[str, Any], target: ClusterTarget) -> Any:
+    """`ray.init`, whose errors become one line; a local start that took too long is tried once more."""
+    import ray
+
+    attempts = LOCAL_STARTS if target.mode == "local" else 1
+    for attempt in range(1, attempts + 1):
+        try:
+            return ray.init(**options)
+        except Exception as error:  # Ray raises a bare Exception when its node does not come up within 30 s
+            ray.shutdown()
+            if attempt < attempts and SLOW_START in str(error):
+                logger.warning("Ray did not start in time (busy machine?); once more")
+                continue
+            reason = " ".join(str(error).split())[:300]
+            raise ClusterError(
+                f"Expected to {'start' if target.mode == 'local' else 'join'} a Ray cluster ({target.reason}), found: {reason}. "
+                "`nexus doctor` shows what this machine has."
+            ) from None
+    raise AssertionError("the last attempt returns or raises")

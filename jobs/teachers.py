@@ -9,7 +9,7 @@ from typing import Any
 from nexus.towers.registry import load_registry, pull_teacher
 
 COLUMNS = ("id", "role", "towers", "capabilities", "GiB in NF4", "needs")
-MAX_NEEDS = 48
+MAX_NEEDS = 46
 """Characters of the last column; `nexus teachers show` has the whole text."""
 
 
