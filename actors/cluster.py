@@ -25,6 +25,8 @@ LOCAL_STARTS = 2
 caches."""
 SLOW_START = "timed out during startup"
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
+HEALTH_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""Takes an empty request; needs a token where the cluster does."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
 
@@ -111,7 +113,11 @@ def _probe(address: str, source: str) -> None:
 
 
 def prepare_environment(target: ClusterTarget) -> None:
-    """Set what has to stand in the environment before Ray is imported; existing settings win."""
+    """Set what has to stand in the environment before Ray is imported; existing settings win.
+
+    Raises:
+        ClusterError: when the cluster to join wants another authentication than RAY_AUTH_MODE says, or is no Ray cluster.
+    """
     token = Path.home() / ".ray" / "auth_token"
     if target.mode == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -121,14 +127,47 @@ def prepare_environment(target: ClusterTarget) -> None:
             token.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_hex(32))
-    elif target.mode == "join" and token.exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
+        _follow_authentication(target.address or os.environ.get("RAY_ADDRESS"))
     # Ray Data's own actor pools make Ray's core print an error about their constructor arguments at every start.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     for name, value in MALLOC_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _follow_authentication(address: str | None) -> None:
+    """Authenticate as the cluster does: Ray itself goes by whether a token file exists, which may be younger than the cluster.
+
+    A client that wants tokens from a cluster that has none loses its actors as soon as it creates them.
+    """
+    if address is None or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # whoever sets up certificates sets RAY_AUTH_MODE, too
+    found = "token" if _asks_for_token(address) else "disabled"
+    wanted = os.environ.setdefault("RAY_AUTH_MODE", found)
+    if wanted != found:
+        raise ClusterError(
+            f"Expected the cluster at {address} to run with RAY_AUTH_MODE={wanted}, as this shell has it, found {found}. "
+            f"Type `export RAY_AUTH_MODE={found}`, or start the cluster again in this shell."
+        )
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether the cluster refuses a call without a token."""
+    import grpc
+
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            channel.unary_unary(HEALTH_METHOD)(b"", timeout=PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return True
+            raise ClusterError(
+                f"Expected a Ray cluster at {address}, found something that does not answer as one ({error.code().name}). "
+                "Give HOST:PORT of its GCS; `ray start --head` prints it."
+            ) from None
+    return False
 
 
 def connect(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
-from actors.cluster import MALLOC_ENVIRONMENT, prepare_environment, resolve_cluster
+from actors.cluster import HEALTH_METHOD, MALLOC_ENVIRONMENT, prepare_environment, resolve_cluster
 from nexus.errors import ClusterError
 
 
@@ -104,16 +107,61 @@ def test_a_local_start_gets_a_private_token(clean_environment):
     assert token.read_text() == before
 
 
-def test_joining_uses_a_token_only_where_one_exists(clean_environment, monkeypatch, listener):
-    import os
+@pytest.fixture
+def gcs():
+    """Starts a real gRPC server that answers the health call as a GCS with or without tokens does."""
+    servers = []
 
-    monkeypatch.setenv("RAY_ADDRESS", listener)
-    prepare_environment(resolve_cluster("auto"))
-    assert "RAY_AUTH_MODE" not in os.environ
+    def start(*, tokens: bool) -> str:
+        def answer(_request: bytes, context: grpc.ServicerContext) -> bytes:
+            if tokens:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        service, method = HEALTH_METHOD.strip("/").split("/")
+        handler = grpc.method_handlers_generic_handler(service, {method: grpc.unary_unary_rpc_method_handler(answer)})
+        server = grpc.server(ThreadPoolExecutor(1))
+        server.add_generic_rpc_handlers((handler,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(("tokens", "mode"), [(True, "token"), (False, "disabled")])
+@pytest.mark.parametrize("inside_a_job", [False, True])
+def test_joining_authenticates_as_the_cluster_does_whatever_token_file_there_is(
+    clean_environment, monkeypatch, gcs, tokens, mode, inside_a_job
+):
+    if inside_a_job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     token = clean_environment / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
     token.write_text("x")
-    monkeypatch.setenv("RAY_AUTH_MODE", "")
-    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_ADDRESS", gcs(tokens=tokens))
     prepare_environment(resolve_cluster("auto"))
-    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_MODE"] == mode
+
+
+@pytest.mark.parametrize(("tokens", "mode"), [(True, "disabled"), (False, "token")])
+def test_a_cluster_with_another_authentication_than_the_shell_is_refused(
+    clean_environment, monkeypatch, gcs, tokens, mode
+):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises(ClusterError, match=f"RAY_AUTH_MODE={mode}, as this shell has it"):
+        prepare_environment(resolve_cluster(gcs(tokens=tokens)))
+
+
+def test_a_port_that_is_no_cluster_s_is_told_in_seconds(clean_environment, listener):
+    with pytest.raises(ClusterError, match="does not answer as one"):
+        prepare_environment(resolve_cluster(listener))
+
+
+def test_certificates_leave_the_choice_to_the_shell(clean_environment, monkeypatch, listener):
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    prepare_environment(resolve_cluster(listener))
+    assert "RAY_AUTH_MODE" not in os.environ
