@@ -181,7 +181,7 @@ class TrainerActor:
             num_parameters=_exported_parameters(loop.objective.student),
             files=tuple(str(path.relative_to(run_dir)) for path in sorted(newest.iterdir())),
             skipped=incidents.count("skip"),
-            rollbacks=incidents.count("rollback"),
+            rollbacks=sum(incident.kind == "rollback" for incident in loop.recovery.incidents),
             rows=int(totals["rows"]),
             seconds=time.perf_counter() - start,
             wait_seconds=totals["wait"],
