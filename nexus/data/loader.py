@@ -215,12 +215,16 @@ class SmartBatchLoader:
         padding_side: PaddingSide = "left",
         buffer_rows: int | None = None,
     ) -> None:
+        # Loaded here and not in the middle of the stream.
+        from nexus.data.collate import pad_rows
+
         if buffer_rows is None:
             buffer_rows = WINDOW_BATCHES * batch_size
         _require_positive({"batch_size": batch_size, "max_length": max_length, "buffer_rows": buffer_rows})
         self.quarantine = Quarantine(None if quarantine_dir is None else Path(quarantine_dir), max_bad_share)
         if tokenizer.eos_token_id is None:
             logger.warning("the tokenizer has no end-of-sequence token: completions end without one")
+        self._pad_rows = pad_rows
         self._tokenizer = tokenizer
         self._padding_side: PaddingSide = padding_side
         settings = {
@@ -245,10 +249,8 @@ class SmartBatchLoader:
         return self._stream.epoch
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        from nexus.data.collate import pad_rows
-
         while (rows := self._stream.next_unit()) is not None:
-            yield pad_rows(rows, self._tokenizer, padding_side=self._padding_side)
+            yield self._pad_rows(rows, self._tokenizer, padding_side=self._padding_side)
 
     def state_dict(self) -> dict[str, object]:
         """Where the loader stands, as JSON values: behind the last batch that was given out."""

@@ -762,7 +762,8 @@ def test_ten_times_the_rows_need_no_more_memory(tmp_path: Path, ending: str) -> 
         write(tmp_path / f"{n}.{ending}", random_texts(n, 8), row_group_size=n) for n in (100, 400, 4000)
     )
     peak_of_batching(warm)  # what libraries keep for good is allocated here
-    assert peak_of_batching(large) < 1.1 * peak_of_batching(small)
+    # 64 KiB for what a coverage tracer allocates meanwhile; holding the 3,600 further rows would take ten times that.
+    assert peak_of_batching(large) < 1.1 * peak_of_batching(small) + 2**16
 
 
 def test_reading_parquet_holds_pages_and_not_the_row_group(tmp_path: Path) -> None:
