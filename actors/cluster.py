@@ -27,6 +27,8 @@ SLOW_START = "timed out during startup"
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
 HEALTH_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """Takes an empty request; needs a token where the cluster does."""
+TOKEN_FILE = "nexus_auth_token"
+"""Below ~/.ray: the token of the clusters that nexus starts; the dashboard asks for it."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
 
@@ -118,15 +120,9 @@ def prepare_environment(target: ClusterTarget) -> None:
     Raises:
         ClusterError: when the cluster to join wants another authentication than RAY_AUTH_MODE says, or is no Ray cluster.
     """
-    token = Path.home() / ".ray" / "auth_token"
     if target.mode == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        if os.environ["RAY_AUTH_MODE"] == "token" and not has_token and not token.exists():
-            # Ray would write this file readable by everyone on the machine.
-            token.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            _provide_token(create=True)
     else:
         _follow_authentication(target.address or os.environ.get("RAY_ADDRESS"))
     # Ray Data's own actor pools make Ray's core print an error about their constructor arguments at every start.
@@ -145,12 +141,33 @@ def _follow_authentication(address: str | None) -> None:
     if address is None or os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # whoever sets up certificates sets RAY_AUTH_MODE, too
     found = "token" if _asks_for_token(address) else "disabled"
+    if found == "token":
+        _provide_token(create=False)
     wanted = os.environ.setdefault("RAY_AUTH_MODE", found)
     if wanted != found:
         raise ClusterError(
             f"Expected the cluster at {address} to run with RAY_AUTH_MODE={wanted}, as this shell has it, found {found}. "
             f"Type `export RAY_AUTH_MODE={found}`, or start the cluster again in this shell."
         )
+
+
+def _provide_token(*, create: bool) -> None:
+    """Point Ray at the token of local clusters where the user has none of their own.
+
+    Not Ray's own `~/.ray/auth_token`, which Ray would write readable by everyone: once that exists, `ray start --head` turns tokens
+    on, and `ray job submit` fails in a shell without RAY_AUTH_MODE.
+    """
+    ray_token = Path.home() / ".ray" / "auth_token"
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or ray_token.exists():
+        return
+    token = Path.home() / ".ray" / TOKEN_FILE
+    if not token.exists():
+        if not create:
+            return
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
 def _asks_for_token(address: str) -> bool:

@@ -7,6 +7,7 @@ import socket
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -25,7 +26,9 @@ def clean_environment(monkeypatch, tmp_path):
         "RAY_AUTH_TOKEN",
         "RAY_AUTH_TOKEN_PATH",
     ):
-        monkeypatch.delenv(name, raising=False)
+        # Set first, so that what a test leaves in the environment goes with it.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     for name in (*MALLOC_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL", "RAY_DATA_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -97,14 +100,40 @@ def test_a_dashboard_address_is_refused_with_the_job_command(clean_environment):
         resolve_cluster("http://head:8265")
 
 
-def test_a_local_start_gets_a_private_token(clean_environment):
+def test_a_local_start_gets_a_private_token_and_leaves_ray_s_own_absent(clean_environment):
     prepare_environment(resolve_cluster("local"))
-    token = clean_environment / "home" / ".ray" / "auth_token"
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.parent == clean_environment / "home" / ".ray"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert len(token.read_text()) == 64
+    # With it, `ray start --head` would ask `ray job submit` for a token that a plain shell does not send.
+    assert not (clean_environment / "home" / ".ray" / "auth_token").exists()
     before = token.read_text()
+    del os.environ["RAY_AUTH_TOKEN_PATH"]
     prepare_environment(resolve_cluster("local"))
-    assert token.read_text() == before
+    assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text() == before
+
+
+def test_a_token_of_the_user_s_own_is_used_as_it_is(clean_environment):
+    token = clean_environment / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("x")
+    prepare_environment(resolve_cluster("local"))
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_joining_a_cluster_that_nexus_started_finds_its_token(clean_environment, gcs):
+    prepare_environment(resolve_cluster("local"))
+    path = os.environ.pop("RAY_AUTH_TOKEN_PATH")
+    prepare_environment(resolve_cluster(gcs(tokens=True)))
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == path
+
+
+def test_joining_makes_no_token(clean_environment, gcs):
+    prepare_environment(resolve_cluster(gcs(tokens=True)))
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert not (clean_environment / "home").exists()
 
 
 @pytest.fixture
