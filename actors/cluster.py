@@ -27,7 +27,7 @@ SLOW_START = "timed out during startup"
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
 HEALTH_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """Takes an empty request; needs a token where the cluster does."""
-TOKEN_FILE = "nexus_auth_token"
+TOKEN_FILE = "nexus_auth_token"  # nosec B105 # a name, no secret
 """Below ~/.ray: the token of the clusters that nexus starts; the dashboard asks for it."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
@@ -81,7 +81,7 @@ def _resolve_auto() -> ClusterTarget:
         # Never fall back: whoever sets RAY_ADDRESS wants that cluster and no other.
         _probe(address, "RAY_ADDRESS")
         return ClusterTarget("join", address, "RAY_ADDRESS")
-    current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / CURRENT_CLUSTER_FILE  # nosec B108: Ray's own place
+    current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / CURRENT_CLUSTER_FILE  # nosec B108 # Ray's own place
     if current.is_file():
         address = current.read_text().strip()
         try:

@@ -7,7 +7,7 @@ one hop through the object store. One Dataset runs at a time, in file order (`pr
 
 from __future__ import annotations
 
-import pickle  # nosec B403: values of our own actors within one Ray session, whose own RPC is pickle
+import pickle  # nosec B403 # values of our own actors within one Ray session, whose own RPC is pickle
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ class _TeacherCaller:
 
     def _ask(self, teacher: str, payload: bytes) -> tuple[tuple[Record, ...], bytes]:
         """The rows and what the teacher said, still packed: unpacking here would load the libraries of its classes."""
-        content = pickle.loads(payload)  # nosec B301: written by `_Reader`
+        content = pickle.loads(payload)  # nosec B301 # written by `_Reader`
         if isinstance(content, NexusError):
             return (), pickle.dumps(content)
         records, method, arguments = content
@@ -170,8 +170,8 @@ def stream_answers(
     dataset.set_name(name)
     for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
         for work_index, payload in zip(batch["work"], batch["answer"], strict=True):
-            records, packed = pickle.loads(payload)  # nosec B301: written by `_TeacherCaller`
-            result = pickle.loads(packed)  # nosec B301: written by `TeacherActor.packed`
+            records, packed = pickle.loads(payload)  # nosec B301 # written by `_TeacherCaller`
+            result = pickle.loads(packed)  # nosec B301 # written by `TeacherActor.packed`
             if isinstance(result, BaseException):
                 raise result
             yield TeacherAnswer(int(work_index), records, result)

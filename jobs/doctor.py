@@ -156,7 +156,7 @@ def _disk() -> Finding:
 
 
 def _shared_memory() -> Finding:
-    path = Path("/dev/shm")  # nosec B108: Ray's object store lies there
+    path = Path("/dev/shm")  # nosec B108 # Ray's object store lies there
     if not path.is_dir():
         return Finding("shared memory", "note", "no /dev/shm", "Ray falls back to its temporary folder, which is slow")
     free = shutil.disk_usage(path).free / 2**30

@@ -44,7 +44,7 @@ def _continue_in(interpreter: Path | None) -> None:
     if interpreter is None or str(interpreter) == sys.executable:
         sys.exit(_complaint())
     print(f"python has no Ray ({sys.executable}); continuing in the cluster's {interpreter}", flush=True)
-    os.execv(interpreter, [str(interpreter), *sys.argv])  # nosec B606: the interpreter that Ray itself starts
+    os.execv(interpreter, [str(interpreter), *sys.argv])  # nosec B606 # the interpreter that Ray itself starts
 
 
 def _complaint() -> int:

@@ -1,7 +1,7 @@
 """Pictures of the Ray dashboard during a run, for docs/: a small pipeline as a Ray job, seen by a headless Chromium.
 
     .venv/bin/python scripts/dashboard_screenshot.py            # starts a local Ray and stops it
-    .venv/bin/python scripts/dashboard_screenshot.py --dashboard http://127.0.0.1:8265
+    .venv/bin/python scripts/dashboard_screenshot.py --dashboard http://127.0.0.1:8265   # of a Ray started in this folder
 
 The local Ray keeps its token: the browser gets it as the dashboard's cookie over the DevTools protocol
 (https://chromedevtools.github.io/devtools-protocol/), so nothing is opened to others. Before each picture the page's own text has
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "nexus" / "data" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ACTORS = ("teacher:sample-reasoning", "trainer:distilled", "student")
-REPRS = ("TeacherActor(sample-reasoning)", "TrainerActor(distilled)", "StudentActor(dashboard)")
+ACTORS = ("teacher:sample-reasoning", "trainer:distilled")
+REPRS = ("TeacherActor(sample-reasoning)", "TrainerActor(distilled)")
 TIMEOUT_S = 180.0
 """For each thing that is waited for; a busy machine takes minutes to start Ray and a pipeline."""
 OPEN_DATA_SECTION = """
@@ -81,8 +81,12 @@ def _cluster(dashboard: str | None, folder: Path) -> Iterator[str]:
     # `ray.init` would leave the port of the agent, which takes jobs, to the first Ray of a machine.
     command = f"start --head --block --num-cpus=4 --object-store-memory=200000000 --temp-dir={folder / 'ray'}"
     command += f" --port={port} --dashboard-port={dashboard_port} --dashboard-agent-listen-port={agent_port}"
+    programs = Path(sys.executable).parent
     ray = subprocess.Popen(
-        [str(Path(sys.executable).parent / "ray"), *command.split(), "--disable-usage-stats"], stdout=subprocess.DEVNULL
+        [str(programs / "ray"), *command.split(), "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,  # of the jobs, too, whose command the picture shows
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
     )
     try:
         yield f"http://127.0.0.1:{dashboard_port}"
@@ -103,14 +107,7 @@ async def _take(browser: str, dashboard: str, out: Path, folder: Path) -> None:
     from ray.job_submission import JobStatus
 
     jobs = await _jobs(dashboard)
-    command = [
-        sys.executable,
-        str(ROOT / "jobs" / "pipeline.py"),
-        "--config",
-        str(_config(folder)),
-        "--out",
-        str(folder / "run"),
-    ]
+    command = ["python", "jobs/pipeline.py", "--config", str(_config(folder)), "--out", str(folder / "run")]
     job = await _submit(jobs, " ".join(command))
     async with _page(browser, dashboard, folder) as page:
         await page.open(f"{dashboard}/#/jobs/{job}")
@@ -123,7 +120,7 @@ async def _take(browser: str, dashboard: str, out: Path, folder: Path) -> None:
         # Ray Data and the jobs have actors, too; they would fill the first page of the table.
         await page.run(FOCUS_REPR_FILTER)
         await page.call("Input.insertText", {"text": "Actor("})
-        await page.shows(*ACTORS, *REPRS)
+        await page.shows(*ACTORS, *REPRS, "ALIVE x 2")
         await page.picture(out / "dashboard-actors.png")
     limit = time.monotonic() + TIMEOUT_S
     while not (status := jobs.get_job_status(job)).is_terminal():
@@ -161,7 +158,7 @@ async def _submit(jobs: JobSubmissionClient, entrypoint: str) -> str:
 
 
 def _config(folder: Path) -> Path:
-    """A run of a minute: one teacher, few rows, few steps."""
+    """A run of minutes: one teacher, few rows, steps enough for the page to show the trainer beside its teacher."""
     document = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     pool = folder / "pool.parquet"
     pq.write_table(pq.read_table(SAMPLES / "reasoning" / "pool.parquet").slice(0, 256), pool)
@@ -169,7 +166,7 @@ def _config(folder: Path) -> Path:
     document["teachers"] = document["teachers"][:1]
     document["data"] = [document["data"][0] | {"pool": [str(pool)], "batch_size": 8}]
     document["profile"] = {"max_samples": 32, "batch_size": 8}
-    document["distill"] |= {"steps": 60, "labels_only": False}
+    document["distill"] |= {"steps": 400, "labels_only": False}
     document["evaluate"] = {"max_rows": 40}
     path = folder / "dashboard.yaml"
     path.write_text(yaml.safe_dump(document))
