@@ -209,7 +209,7 @@ class _Page:
         limit = time.monotonic() + TIMEOUT_S
         while True:
             # The body is absent for a moment after a page is opened.
-            shown = await self.run("document.body ? document.body.innerText : ''")
+            shown = " ".join((await self.run("document.body ? document.body.innerText : ''")).split())
             missing = [text for text in texts if text not in shown]
             if not missing:
                 return

@@ -257,8 +257,12 @@ class NexusStudent(nn.Module):
         media: MediaBatch | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
     ) -> StudentOutput:
-        """One training pass: towers, then trunk. `prompt_mask_BT` is True on prompt tokens only; see `encode`."""
+        """One training pass: towers, then trunk. `prompt_mask_BT` is True on prompt tokens only; see `encode`.
+
+        `logits_to_keep` is the trunk's: losses that score few positions apply the head to those states alone.
+        """
         encoded = self.encode(
             input_ids_BT, attention_mask_BT, media or MediaBatch(), tower_mask_BN, prompt_mask_BT=prompt_mask_BT
         )
@@ -270,6 +274,7 @@ class NexusStudent(nn.Module):
             labels=labels,
             use_cache=False,
             output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
         )
         return StudentOutput(trunk, encoded)
 

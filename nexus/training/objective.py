@@ -173,8 +173,11 @@ class DistillationObjective(nn.Module):
             tower_mask_BN=torch.tensor([[tower in fact.towers for tower in TOWERS] for fact in facts]),
             media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
             output_hidden_states=True,
+            logits_to_keep=1,
         )
-        return _Passed(batch, output.trunk.logits, output.trunk.hidden_states, output.encoded.features)
+        # Most positions are prompt: the head over the vocabulary is applied to the scored ones only.
+        head = self.student.core.lm_head
+        return _Passed(batch, head, output.trunk.hidden_states, output.encoded.features)
 
     def _token_divergence(self, passed: _Passed, targets: TeacherTargets) -> Tensor:
         tokens = targets.tokens
@@ -284,7 +287,8 @@ class _Passed:
     """One forward pass with what the losses read from it."""
 
     batch: TokenBatch
-    logits_BTV: Tensor
+    head: nn.Module
+    """From the trunk's last states to logits."""
     states: tuple[Tensor, ...]
     """The trunk's embeddings and each layer's output [B, T, D]."""
     features: Mapping[str, tuple[Tensor, Features]]
@@ -300,7 +304,8 @@ class _Passed:
 
     @property
     def scored_logits_NV(self) -> Tensor:
-        return self.scored(self.logits_BTV)
+        logits_NV: Tensor = self.head(self.scored(self.states[-1]))
+        return logits_NV
 
     def scored(self, values_BTX: Tensor) -> Tensor:
         """[N, X]: the values at the positions that predict scored tokens."""
