@@ -698,18 +698,6 @@ def test_record_batches_have_one_size_and_give_each_row_once_per_epoch(tmp_path:
     assert names[:47] != names[47:94]
 
 
-@pytest.mark.parametrize("num_rows", [64, 61])  # 61: every batch of later epochs begins elsewhere in the window
-def test_rows_of_a_record_batch_have_texts_of_similar_length(tmp_path: Path, num_rows: int) -> None:
-    rows = [{"question": "x" * (10 + i * 37 % num_rows)} for i in range(num_rows)]
-    batches = make_batches([write(tmp_path / "a.jsonl", rows)], batch_size=8, buffer_rows=64)
-    taken = [batches.next_batch() for _ in range(5 * num_rows // 8)]
-    ranges = sorted(max(lengths) - min(lengths) for batch in taken if (lengths := [len(r.prompt) for r in batch]))
-    # A window that covers an epoch leaves at most two batches of it to chance; at random eight of 64 lengths span 50.
-    assert ranges[len(ranges) // 2] <= 16
-    first_lengths = [len(batch[0].prompt) for batch in taken[:7]]
-    assert first_lengths not in (sorted(first_lengths), sorted(first_lengths, reverse=True)), "batches come shuffled"
-
-
 def test_a_set_smaller_than_a_batch_repeats_its_rows(tmp_path: Path) -> None:
     batches = make_batches([write(tmp_path / "a.csv", sums(3))], batch_size=6)
     assert sorted(record.id for record in batches.next_batch()) == ["a:1", "a:1", "a:2", "a:2", "a:3", "a:3"]
