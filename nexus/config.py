@@ -194,6 +194,8 @@ class DistillConfig(StrictModel):
     """The distillation loop."""
 
     steps: int = Field(gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)

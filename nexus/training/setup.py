@@ -114,6 +114,7 @@ def build_loop(
         ),
         settings=LoopSettings(
             steps=distill.steps,
+            optimizer=distill.optimizer,
             learning_rate=distill.learning_rate,
             warmup_steps=distill.warmup_steps,
             weight_decay=distill.weight_decay,
