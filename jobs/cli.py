@@ -190,13 +190,14 @@ def profile(
     max_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Rows of each capability.", show_default=False)
     ] = None,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability."""
-    extra = [
-        f"profile.{key}={value}"
-        for key, value in (("batch_size", batch_size), ("max_samples", max_samples))
-        if value is not None
-    ]
+    settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
+    extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
     execute_stages(options, "profile")
 
