@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -121,8 +122,10 @@ class ProfilingRound:
             session.reporter.progress(
                 "profile", sum(known.num_rows for known in self.teachers.values()), None, work.teacher
             )
+        # Rows that a teacher refused are missing too, but no more of them than a run bears.
+        refused = math.ceil(config.quarantine.max_bad_share * max_rows)
         for work, count in zip(works, rows, strict=True):
-            if count < max_rows:
+            if count == 0 or count < max_rows - refused:
                 self.teachers[work.teacher].exhausted.add(work.capability)
         return True
 
