@@ -21,9 +21,15 @@ def plant(model) -> nn.Module:
     model = copy.deepcopy(model)
     with torch.no_grad():
         for index, block in enumerate(find_blocks(model).blocks):
+            if index == PLANTED:
+                continue
             for name, parameter in block.named_parameters():
-                if index != PLANTED and any(output in name for output in OUTPUTS):
+                if any(output in name for output in OUTPUTS):
                     parameter.mul_(0.02)
+            if hasattr(block, "post_feedforward_layernorm"):
+                # Gemma normalises what a branch adds, and scales it by one more than these weights.
+                block.post_attention_layernorm.weight.fill_(-0.98)
+                block.post_feedforward_layernorm.weight.fill_(-0.98)
     return model
 
 

@@ -13,6 +13,12 @@ from nexus.towers.loader import LoadedTower
 from nexus.towers.rows import RowsError
 
 
+@pytest.fixture(scope="module")
+def text_records() -> list[Record]:
+    rows = (("2+2?", "4"), ("a longer question", "an answer"), ("x", "yz"))
+    return [Record(id=f"row-{i}", capability="c", prompt=p, completion=c) for i, (p, c) in enumerate(rows)]
+
+
 def test_a_language_model_answers_with_each_layer_skipped(qwen: LoadedTower, text_records: list[Record]) -> None:
     engine = TeacherEngine(qwen, teacher_id="t")
     plan = plan_confirmation(engine.measure(text_records), seed=0)
