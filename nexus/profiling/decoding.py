@@ -1,9 +1,9 @@
 """Greedy decoding of a model and of all its skip-one-layer ablations at once, exactly.
 
 A decoder is bound by reading its weights, so all ablations share each read: they are rows of one decode with one KV cache. A block
-never sees the rows that skip it, so its cache holds one entry per other row, at the same length as everywhere else. The prompt is
-swept triangularly: ablations that have not diverged yet share the clean rows and copy their cache afterwards. Rows that reached
-the end of sequence leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablations, T prompt length, A new tokens.
+never computes a row that skips it, nor one that would repeat the clean row: an ablation whose tokens are still the clean ones is
+the clean row up to the block it skips. The prompt is swept triangularly for the same reason. Rows that reached the end of sequence
+leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablations, T prompt length, A new tokens.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def brute_generations(
             first_logits.append(logits)
             for step in range(max_new_tokens):
                 logits = decode.step(next_B) if step > 0 else logits
-                next_B = logits.argmax(dim=-1)
+                next_B = _greedy(logits, stack).to(logits.device)
                 tokens_BA[alive_B, step] = next_B[alive_B]
                 alive_B &= ~torch.isin(next_B, eos_E)
                 if not alive_B.any():
@@ -176,7 +176,9 @@ def stacked_generations(
         rows_S, (born_N, clean_N) = present[call.index], born[call.index]
         output = call.run(call.hidden_RTD.index_select(0, rows_S), Rows(rows_S, len(call.hidden_RTD)))
         hidden_RTD = call.hidden_RTD.index_copy(0, rows_S, output)
-        return hidden_RTD.index_copy_(0, born_N, call.hidden_RTD.index_select(0, clean_N)) if len(born_N) else hidden_RTD
+        return (
+            hidden_RTD.index_copy_(0, born_N, call.hidden_RTD.index_select(0, clean_N)) if len(born_N) else hidden_RTD
+        )
 
     with stack.intercept(run_present):
         for step in range(max_new_tokens):
@@ -278,4 +280,8 @@ class _LiveRows:
 
 def _greedy(logits_RV: Tensor, stack: BlockStack) -> Tensor:
     """Return the greedy tokens [R] on the CPU."""
-    return logits_RV.argmax(dim=-1).cpu()
+    chosen_R = logits_RV.argmax(dim=-1)
+    # argmax takes NaN for the largest, so looking at what it chose is enough.
+    if bool(logits_RV.gather(1, chosen_R[:, None]).isnan().any()):
+        raise stack.not_a_number()
+    return chosen_R.cpu()
