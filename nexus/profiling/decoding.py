@@ -169,7 +169,7 @@ def stacked_generations(
 
     live = _LiveRows(len(stack), batch_size)
     decode.cache.layers = [with_room(layer, live.num_rows - batch_size, max_new_tokens - 1) for layer in cache_layers]
-    alive_R = torch.ones(live.num_rows, dtype=torch.bool)
+    next_R, alive_R = live.id_R, torch.ones(live.num_rows, dtype=torch.bool)
     present, born = live.of_blocks(device)
 
     def run_present(call: BlockCall) -> Tensor:
