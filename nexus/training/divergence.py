@@ -32,6 +32,7 @@ values from hidden states without logits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -74,7 +75,7 @@ def forward_kl(
         ValueError: shapes that disagree, a temperature that is not positive, or a count below 1 while something is scored.
     """
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_kl(log_p_MV, log_q_MV), num_loss_tokens)
+    return per_token(_kl(log_p_MV, log_q_MV), num_loss_tokens)
 
 
 def reverse_kl(
@@ -87,7 +88,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(student || teacher), the mode-seeking direction. Arguments, result and errors as `forward_kl`."""
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_kl(log_q_MV, log_p_MV), num_loss_tokens)
+    return per_token(_kl(log_q_MV, log_p_MV), num_loss_tokens)
 
 
 def generalized_jsd(
@@ -104,9 +105,9 @@ def generalized_jsd(
     The two ends are those divergences and not the limits of the interpolation (which are 0), as in TRL. In between the value
     is bounded by the entropy of (beta, 1 - beta), ln 2 at 0.5. Arguments, result and errors as `forward_kl`.
     """
-    _check_beta(beta)
+    check_beta(beta)
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_jsd(log_q_MV, log_p_MV, beta), num_loss_tokens)
+    return per_token(_jsd(log_q_MV, log_p_MV, beta), num_loss_tokens)
 
 
 def skewed_kl(
@@ -119,9 +120,9 @@ def skewed_kl(
     alpha: float = DISTILL_SKEW,
 ) -> Tensor:
     """SKL_alpha = KL(p || alpha p + (1 - alpha) q), at most ln(1 / alpha). Arguments, result and errors as `forward_kl`."""
-    _check_alpha(alpha)
+    check_alpha(alpha)
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_skewed_kl(log_p_MV, log_q_MV, alpha), num_loss_tokens)
+    return per_token(_skewed_kl(log_p_MV, log_q_MV, alpha), num_loss_tokens)
 
 
 def skewed_reverse_kl(
@@ -134,9 +135,9 @@ def skewed_reverse_kl(
     alpha: float = DISTILL_SKEW,
 ) -> Tensor:
     """SRKL_alpha = KL(q || (1 - alpha) p + alpha q), at most ln(1 / alpha). Arguments, result and errors as `forward_kl`."""
-    _check_alpha(alpha)
+    check_alpha(alpha)
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_skewed_kl(log_q_MV, log_p_MV, alpha), num_loss_tokens)
+    return per_token(_skewed_kl(log_q_MV, log_p_MV, alpha), num_loss_tokens)
 
 
 def distill_divergence(
@@ -152,7 +153,7 @@ def distill_divergence(
     Arguments, result and errors as `forward_kl`.
     """
     log_q_MV, log_p_MV = _dense_rows(student_logits_BTV, teacher_logits_BTV, loss_mask_BT, temperature)
-    return _per_token(_distill_mix(log_q_MV, log_p_MV), num_loss_tokens)
+    return per_token(_distill_mix(log_q_MV, log_p_MV), num_loss_tokens)
 
 
 def mixture_kl(
@@ -190,7 +191,7 @@ def mixture_kl(
         )
     log_weights = _log_weights(weights_N, teacher_logits_NBTV.shape[0])
     mask_BT = _as_mask(loss_mask_BT, student_logits_BTV)
-    dtype = _compute_dtype(student_logits_BTV, teacher_logits_NBTV)
+    dtype = compute_dtype(student_logits_BTV, teacher_logits_NBTV)
     log_q_MV = _log_softmax_rows(student_logits_BTV, mask_BT, temperature, dtype)
     log_p_MV: Tensor | None = None
     for log_weight, teacher_logits_BTV in zip(log_weights, teacher_logits_NBTV.detach(), strict=True):
@@ -198,7 +199,7 @@ def mixture_kl(
             component_MV = _log_softmax_rows(teacher_logits_BTV, mask_BT, temperature, dtype) + log_weight
             log_p_MV = component_MV if log_p_MV is None else torch.logaddexp(log_p_MV, component_MV)
     assert log_p_MV is not None  # the weights have a positive sum
-    return _per_token(_kl(log_p_MV, log_q_MV), num_loss_tokens)
+    return per_token(_kl(log_p_MV, log_q_MV), num_loss_tokens)
 
 
 def topk_tail_kl(
@@ -238,7 +239,7 @@ def topk_tail_kl(
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_kl(log_p_MJ, log_q_MJ), num_loss_tokens)
+    return per_token(_kl(log_p_MJ, log_q_MJ), num_loss_tokens)
 
 
 def distill_divergence_topk(
@@ -258,7 +259,7 @@ def distill_divergence_topk(
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_distill_mix(log_q_MJ, log_p_MJ), num_loss_tokens)
+    return per_token(_distill_mix(log_q_MJ, log_p_MJ), num_loss_tokens)
 
 
 def topk_tail_reverse_kl(
@@ -278,7 +279,7 @@ def topk_tail_reverse_kl(
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_kl(log_q_MJ, log_p_MJ), num_loss_tokens)
+    return per_token(_kl(log_q_MJ, log_p_MJ), num_loss_tokens)
 
 
 def topk_tail_jsd(
@@ -293,11 +294,11 @@ def topk_tail_jsd(
     tail_logprob_BT: Tensor | None = None,
 ) -> Tensor:
     """`generalized_jsd` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares."""
-    _check_beta(beta)
+    check_beta(beta)
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_jsd(log_q_MJ, log_p_MJ, beta), num_loss_tokens)
+    return per_token(_jsd(log_q_MJ, log_p_MJ, beta), num_loss_tokens)
 
 
 def topk_tail_skewed_kl(
@@ -312,11 +313,11 @@ def topk_tail_skewed_kl(
     tail_logprob_BT: Tensor | None = None,
 ) -> Tensor:
     """`skewed_kl` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares."""
-    _check_alpha(alpha)
+    check_alpha(alpha)
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_skewed_kl(log_p_MJ, log_q_MJ, alpha), num_loss_tokens)
+    return per_token(_skewed_kl(log_p_MJ, log_q_MJ, alpha), num_loss_tokens)
 
 
 def topk_tail_skewed_reverse_kl(
@@ -331,11 +332,11 @@ def topk_tail_skewed_reverse_kl(
     tail_logprob_BT: Tensor | None = None,
 ) -> Tensor:
     """`skewed_reverse_kl` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares."""
-    _check_alpha(alpha)
+    check_alpha(alpha)
     log_q_MJ, log_p_MJ = _topk_bins(
         student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
     )
-    return _per_token(_skewed_kl(log_q_MJ, log_p_MJ, alpha), num_loss_tokens)
+    return per_token(_skewed_kl(log_q_MJ, log_p_MJ, alpha), num_loss_tokens)
 
 
 def topk_tail_mixture_kl(
@@ -389,7 +390,7 @@ def topk_tail_mixture_kl(
         weighted_MK = (matched_MK + log_weights[index]).masked_fill(~same_MKK.any(dim=-1), math.nan)
         mixed_MK = weighted_MK if mixed_MK is None else torch.logaddexp(mixed_MK, weighted_MK)
     assert mixed_MK is not None  # the weights have a positive sum
-    dtype = _compute_dtype(student_logits_BTV, logprobs_NBTK)
+    dtype = compute_dtype(student_logits_BTV, logprobs_NBTK)
     log_q_MV = _log_softmax_rows(student_logits_BTV, mask_BT, temperature, dtype)
     kept_q_MK = log_q_MV.gather(-1, first_ids_MK)
     unkept_MK = mixed_MK.isnan()
@@ -397,7 +398,7 @@ def topk_tail_mixture_kl(
     tail_q_M = _logsumexp_or_absent(log_q_MV.scatter(-1, first_ids_MK, kept_q_MK.masked_fill(~unkept_MK, -math.inf)))
     log_p_MJ = _with_tail(mixed_MK.masked_fill(unkept_MK, -math.inf), None, tail_q_M, logprobs_NBTK.dtype)
     log_q_MJ = torch.cat([kept_q_MK.masked_fill(unkept_MK, -math.inf), tail_q_M[:, None]], dim=-1)
-    return _per_token(_kl(log_p_MJ.to(dtype), log_q_MJ), num_loss_tokens)
+    return per_token(_kl(log_p_MJ.to(dtype), log_q_MJ), num_loss_tokens)
 
 
 def sampled_kl(
@@ -441,13 +442,13 @@ def sampled_kl(
         )
     ids_MS = ids_BTS[mask_BT].long()
     _check_range(ids_MS, student_logits_BTV.shape[-1])
-    dtype = _compute_dtype(student_logits_BTV, logprobs_BTS)
+    dtype = compute_dtype(student_logits_BTV, logprobs_BTS)
     log_q_MS = _log_softmax_rows(student_logits_BTV, mask_BT, temperature, dtype).gather(-1, ids_MS)
     log_p_MS = logprobs_BTS.detach()[mask_BT].to(dtype)
     gap_MS = log_p_MS - log_q_MS
     if proposal_logprobs_BTS is not None:
         gap_MS = (log_p_MS - proposal_logprobs_BTS.detach()[mask_BT].to(dtype)).exp() * gap_MS
-    return _per_token(gap_MS.mean(dim=-1), num_loss_tokens)
+    return per_token(gap_MS.mean(dim=-1), num_loss_tokens)
 
 
 def kd_loss(divergence: Tensor, *, temperature: float) -> Tensor:
@@ -456,7 +457,7 @@ def kd_loss(divergence: Tensor, *, temperature: float) -> Tensor:
     The gradient of a tempered divergence shrinks as 1 / temperature**2; the factor keeps its size, and with it the balance
     against other loss terms, independent of the temperature (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
     """
-    return divergence * _check_temperature(temperature) ** 2
+    return divergence * check_temperature(temperature) ** 2
 
 
 # Divergences between rows of log-probabilities; the first argument is the one the expectation is taken under.
@@ -513,7 +514,7 @@ def _dense_rows(
             f"{tuple(teacher_logits_BTV.shape)}; models of different vocabularies have no common token distribution"
         )
     mask_BT = _as_mask(loss_mask_BT, student_logits_BTV)
-    dtype = _compute_dtype(student_logits_BTV, teacher_logits_BTV)
+    dtype = compute_dtype(student_logits_BTV, teacher_logits_BTV)
     log_q_MV = _log_softmax_rows(student_logits_BTV, mask_BT, temperature, dtype)
     log_p_MV = _log_softmax_rows(teacher_logits_BTV.detach(), mask_BT, temperature, dtype)
     return log_q_MV, log_p_MV
@@ -532,7 +533,7 @@ def _topk_bins(
     if tail_logprob_BT is not None and tail_logprob_BT.shape != mask_BT.shape:
         raise ValueError(f"tail: expected shape {tuple(mask_BT.shape)}, found {tuple(tail_logprob_BT.shape)}")
     vocabulary_size = student_logits_BTV.shape[-1]
-    dtype = _compute_dtype(student_logits_BTV, logprobs_BTK)
+    dtype = compute_dtype(student_logits_BTV, logprobs_BTK)
     log_q_MV = _log_softmax_rows(student_logits_BTV, mask_BT, temperature, dtype)
     kept_q_MK = log_q_MV.gather(-1, ids_MK)
     # float64 because 1 - mass cancels; the teacher's side has only K numbers per token.
@@ -564,7 +565,7 @@ def _logsumexp_or_absent(outside_MV: Tensor) -> Tensor:
 
 
 def _log_softmax_rows(logits_BTV: Tensor, mask_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    return F.log_softmax(logits_BTV[mask_BT].to(dtype) / _check_temperature(temperature), dim=-1)
+    return F.log_softmax(logits_BTV[mask_BT].to(dtype) / check_temperature(temperature), dim=-1)
 
 
 def _log_weights(weights_N: Tensor | Sequence[float], num_teachers: int) -> list[float]:
@@ -577,7 +578,8 @@ def _log_weights(weights_N: Tensor | Sequence[float], num_teachers: int) -> list
     return [float(value) for value in (weights / weights.sum()).log()]
 
 
-def _per_token(divergence_M: Tensor, num_loss_tokens: int | Tensor) -> Tensor:
+def per_token(divergence_M: Tensor, num_loss_tokens: int | Tensor) -> Tensor:
+    """Sum of the rows over the count of the whole step; 0, attached, without rows. Raises ValueError for a count below 1."""
     total = divergence_M.sum()
     count = float(num_loss_tokens)
     if divergence_M.shape[0] == 0:
@@ -599,22 +601,26 @@ def _as_mask(loss_mask_BT: Tensor, logits_BTV: Tensor) -> Tensor:
     return loss_mask_BT.bool()
 
 
-def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype, at least float32."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
-def _check_temperature(temperature: float) -> float:
+def check_temperature(temperature: float) -> float:
+    """Return it. Raises ValueError unless it is finite and above 0."""
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise ValueError(f"temperature: expected a finite number above 0, found {temperature}")
     return temperature
 
 
-def _check_beta(beta: float) -> None:
+def check_beta(beta: float) -> None:
+    """Raise ValueError outside [0, 1]."""
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number from 0 (forward KL) to 1 (reverse KL), found {beta}")
 
 
-def _check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError outside (0, 1)."""
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha: expected a skew strictly between 0 and 1, found {alpha}")
 
