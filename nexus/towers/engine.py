@@ -139,10 +139,17 @@ class TeacherEngine:
 
         Raises:
             ConfigError: an encoder without a classification head.
-            RowsError: as `score`.
+            RowsError: as `score`; also rows whose answer, tokenised as text, would not fit the model, which could not score it.
         """
         if self.role == "causal_lm":
-            return self.generate([record.prompt for record in records], max_new_tokens=max_new_tokens)
+            model, tokenizer = self._language_model()
+            return causal_lm.answer_rows(
+                model,
+                tokenizer,
+                [record.id for record in records],
+                [record.prompt for record in records],
+                max_new_tokens=max_new_tokens,
+            )
         texts, logprobs_BC = self._labels(), self._label_logprobs(records, snr_db)
         return tuple(texts[index] for index in logprobs_BC.argmax(axis=1))
 
