@@ -257,10 +257,11 @@ def _load_model(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
     keys = _keys_by_parameter(spec, skeleton, checkpoint)
+    converted = any(f"{name}.weight" not in keys for name in plan.matrices)
     try:
         model, info = model_class.from_pretrained(
             spec.path,
-            quantization_config=quantisation_config(plan, dtype) if quantise else None,
+            quantization_config=quantisation_config(plan, dtype, own_quantiser=converted) if quantise else None,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -275,7 +276,7 @@ def _load_model(
         ) from error
     _refuse_incomplete(spec, info)
     freeze(model)
-    return model, measure_coverage(model, plan, _original(spec, keys), teacher_id=spec.id)
+    return model, measure_coverage(model, plan, _original(keys), teacher_id=spec.id)
 
 
 def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
@@ -328,13 +329,10 @@ def _keys_by_parameter(
     return found
 
 
-def _original(spec: TeacherSpec, keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
+def _original(keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor | None]:
+    def read(name: str) -> Tensor | None:
         if name not in keys:
-            raise TowerLoadError(
-                f"Expected the original of {name!r} in {spec.path} to compare NF4 with, found no tensor that maps to it alone. Add "
-                "it to the teacher's skip_modules."
-            )
+            return None
         path, key = keys[name]
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)

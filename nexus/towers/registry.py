@@ -22,6 +22,9 @@ from nexus.config import HubTeacher, PathTeacher, RegistryTeacher, Role, resolve
 from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
+"""Roles that a run can distil from."""
+
+LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 """Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")
@@ -285,9 +288,14 @@ def resolve_entry(entry: TeacherEntry, *, models_dir: Path | None = None, cache_
             "Choose another teacher of its capabilities."
         )
     path = find_checkpoint(entry.id, entry.repo, entry.revision, models_dir=models_dir, cache_dir=cache_dir)
+    return spec_of_entry(entry, path)
+
+
+def spec_of_entry(entry: TeacherEntry, folder: Path) -> TeacherSpec:
+    """The spec of a registry entry whose files lie in `folder`."""
     return TeacherSpec(
         id=entry.id,
-        path=str(path),
+        path=str(folder),
         revision=entry.revision,
         role=entry.role,
         model_class=entry.model_class,
