@@ -35,7 +35,7 @@ from nexus.towers.registry import (
     spec_of_entry,
 )
 from nexus.towers.targets import ScoreRequest, TeacherTargets
-from nexus.towers.tiny import has_tiny, write_tiny
+from nexus.towers.tiny import BASE, has_tiny, write_tiny
 
 REMEDIES = {
     "diffusers": "diffusers; type: pip install 'nexus-distill[diffusion]'",
@@ -98,7 +98,7 @@ def check_teachers(
                 if tiny:
                     folder = Path(scratch) / entry.id
                     write_tiny(entry.id, folder)
-                    spec = spec_of_entry(entry, folder)
+                    spec = spec_of_entry(entry, folder, base=folder / BASE if entry.base else None)
                 else:
                     spec = resolve_entry(entry, models_dir=models_dir)
                 # Checked where it runs in any case; a tiny model is no work for a GPU.
@@ -110,7 +110,9 @@ def check_teachers(
             # Without their files real checkpoints are not wrong, they are not here.
             absent = not tiny and "found neither" in str(error)
             yield _row(entry, "needs" if absent else "failed", str(error), start)
-        except Exception as error:  # the one place that decides: a library's own mistake is this row's result, not the command's
+        except (
+            Exception
+        ) as error:  # the one place that decides: a library's own mistake is this row's result, not the command's
             yield _row(entry, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", start)
         gc.collect()
 
@@ -141,6 +143,10 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
         kinds += _kinds(engine.score(ScoreRequest(("a", "b"), prompts, completions, None, 1.0, 8, layers)))
         engine.generate(prompts, max_new_tokens=4)
         kinds.append("text")
+    elif engine.role == "sae":
+        kinds += _kinds(
+            engine.score(ScoreRequest(("a", "b"), ("Say hello.", "Add."), ("Hello.", "4"), None, 1.0, 8, ()))
+        )
     else:
         media = tuple(read_media(record.media) for record in probe_rows(engine) if record.media is not None)
         kinds += _kinds(engine.score(ScoreRequest(("a", "b"), ("", ""), None, media, 1.0, 8, layers)))
@@ -150,8 +156,13 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
 def probe_rows(engine: TeacherEngine) -> tuple[Record, Record]:
     """Two rows of noise and tones in the medium that the teacher takes."""
     rate = getattr(engine.tower.processor, "sampling_rate", None)
-    kind: Literal["image", "audio"] = "image" if rate is None else "audio"
-    data = [_picture(seed) if rate is None else _tone(seed, rate) for seed in (0, 1)]
+    kind: Literal["image", "audio", "video"] = "image"
+    if rate is not None:
+        kind, data = "audio", [_tone(seed, rate) for seed in (0, 1)]
+    elif hasattr(engine.tower.model.config, "num_frames"):
+        kind, data = "video", [_clip(seed) for seed in (0, 1)]
+    else:
+        data = [_picture(seed) for seed in (0, 1)]
     first, second = (
         Record(id=str(index), capability="check", prompt="", media=Media(kind, part)) for index, part in enumerate(data)
     )
@@ -162,6 +173,14 @@ def _picture(seed: int) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _clip(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    first.save(buffer, "GIF", save_all=True, append_images=others)
     return buffer.getvalue()
 
 
@@ -183,6 +202,8 @@ def _kinds(targets: TeacherTargets) -> list[str]:
         kinds.append("embedding")
     if targets.label_logprobs_BC is not None:
         kinds.append("labels")
+    if targets.features is not None:
+        kinds.append("features")
     return kinds
 
 
@@ -202,4 +223,6 @@ def _row(
         "quantisable_share": None if coverage is None else coverage.quantisable_share,
         "bits_per_param": coverage.bits_per_param if coverage is not None and quantised else None,
     }
-    return CheckRow(entry.id, status, reason, entry.role, targets=targets, seconds=time.perf_counter() - start, **numbers)
+    return CheckRow(
+        entry.id, status, reason, entry.role, targets=targets, seconds=time.perf_counter() - start, **numbers
+    )

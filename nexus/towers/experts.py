@@ -95,7 +95,12 @@ class NF4Experts(nn.Module):
         expected = (self.num_experts, *self.shapes[name])
         if tuple(stack_XOI.shape) != expected:
             raise ValueError(f"Expected experts {expected} for {name!r}, found {tuple(stack_XOI.shape)}.")
-        parts: dict[str, list[Tensor]] = {name: [], f"{name}_absmax": [], f"{name}_nested_absmax": [], f"{name}_offset": []}
+        parts: dict[str, list[Tensor]] = {
+            name: [],
+            f"{name}_absmax": [],
+            f"{name}_nested_absmax": [],
+            f"{name}_offset": [],
+        }
         errors = []
         for matrix_OI in stack_XOI:
             matrix_OI = matrix_OI.to(self.dtype)
@@ -185,16 +190,19 @@ def replace_experts(model: nn.Module, keep: list[str], dtype: torch.dtype) -> No
 class NF4Config(BitsAndBytesConfig):
     """A BitsAndBytesConfig whose quantiser packs fused experts too."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *settings: Any, **named: Any) -> None:
         """Takes what BitsAndBytesConfig takes: transformers makes it anew from a dictionary."""
-        super().__init__(**settings)
-        self.quant_method = METHOD
+        super().__init__(*settings, **named)  # type: ignore[no-untyped-call]
+        # A registered method is a plain string; transformers' own are an enumeration of strings.
+        self.quant_method = METHOD  # type: ignore[assignment]
 
 
 class _PackExperts(ConversionOps):
     """Turns one finished stack into the buffers of its `NF4Experts`."""
 
-    def convert(self, input_dict: Any, *, model: Any = None, **_: Any) -> dict[str, Tensor]:
+    def convert(  # type: ignore[override]  # called with names only
+        self, input_dict: Any, *, model: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
         """Called by transformers with {name of the stack: tensor, or a list with it}."""
         packed = {}
         for name, value in input_dict.items():
@@ -216,7 +224,9 @@ class _Quantise(ConversionOps):
         self._linear = linear
         self._experts = _PackExperts()
 
-    def convert(self, input_dict: Any, *, model: Any = None, **context: Any) -> dict[str, Tensor]:
+    def convert(  # type: ignore[override]  # as above
+        self, input_dict: Any, *, model: Any = None, **context: Any
+    ) -> dict[str, Tensor]:
         """As the operation that the tensor's module needs."""
         module, _ = get_module_from_name(model, next(iter(input_dict)))
         if isinstance(module, NF4Experts):
@@ -245,8 +255,10 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that packs such a tensor."""
-        return _Quantise(super().get_quantize_ops())
+        return _Quantise(super().get_quantize_ops())  # type: ignore[no-untyped-call]
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any = None, **settings: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **settings: Any
+    ) -> None:
         super()._process_model_before_weight_loading(model, device_map, **settings)
         replace_experts(model, self.modules_to_not_convert, self.quantization_config.bnb_4bit_compute_dtype)

@@ -169,7 +169,7 @@ def quantisation_config(
     """
     # Without experts the plain one, which any installation of transformers reads back from a saved config.json.
     config_class = NF4Config if plan.experts or own_quantiser else BitsAndBytesConfig
-    config: BitsAndBytesConfig = config_class(
+    config: BitsAndBytesConfig = config_class(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -282,7 +282,9 @@ def classification_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _measure_experts(name: str, module: nn.Module, teacher_id: str) -> list[ModuleCoverage]:
     if not isinstance(module, NF4Experts):
-        raise TowerLoadError(f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this.")
+        raise TowerLoadError(
+            f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this."
+        )
     measured = []
     for stack, (rows, columns) in module.shapes.items():
         # A quantised cache has been compared with the originals when it was written.

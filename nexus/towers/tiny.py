@@ -7,12 +7,14 @@ All sizes are multiples of 64, the block of NF4, and as small as the class allow
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -47,6 +49,10 @@ _SEEING = {
     "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 8, "out_hidden_size": 64,
 }  # fmt: skip
 _MEDIA_IDS = {"audio_token_id": 500, "image_token_id": 501, "video_token_id": 502}
+
+
+BASE = "base"
+"""Folder, inside that of a tiny sae, of the model that it reads."""
 
 
 def has_tiny(teacher_id: str) -> bool:
@@ -167,6 +173,8 @@ def _omni3(folder: Path) -> None:
         audio_config={
             **_HEARING, "n_window": 50, "n_window_infer": 100, "conv_chunksize": 50, "downsample_hidden_size": 32
         },
+        # No field of the class, but its forward asks for it; published configurations have it.
+        vision_start_token_id=503,
         **_MEDIA_IDS,
     )  # fmt: skip
     _save(folder, model, tiny_tokenizer())
@@ -179,8 +187,8 @@ def _siglip(folder: Path) -> None:
 
 def _videomae(folder: Path) -> None:
     model = _build("VideoMAEModel", **_ENCODER, image_size=IMAGE_SIZE, patch_size=8, num_frames=4, tubelet_size=2)
-    sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-    _save(folder, model, VideoMAEImageProcessorPil(**sizes))
+    crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    _save(folder, model, VideoMAEImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop))
 
 
 def _whisper(folder: Path) -> None:
@@ -220,6 +228,43 @@ def _vibevoice(folder: Path) -> None:
     _save(folder, model, tiny_tokenizer())
 
 
+def _gemma_scope(folder: Path) -> None:
+    _gemma(folder / BASE)
+    generator = torch.Generator().manual_seed(0)
+    for layer in (0, 2):
+        site = folder / "resid_post" / f"layer_{layer}_width_256_l0_small"
+        site.mkdir(parents=True)
+        tensors = {
+            "w_enc": torch.randn(64, 256, generator=generator) / 8, "b_enc": torch.zeros(256), "threshold": torch.ones(256),
+            "w_dec": torch.randn(256, 64, generator=generator) / 8, "b_dec": torch.zeros(64),
+        }  # fmt: skip
+        save_file(tensors, site / "params.safetensors")
+        (site / "config.json").write_text(json.dumps({"architecture": "jump_relu", "width": 256}))
+
+
+def _personaplex(folder: Path) -> None:
+    codec = {
+        "model_type": "mimi", "hidden_size": 32, "num_filters": 8, "upsampling_ratios": [2, 2], "codebook_size": 64,
+        "codebook_dim": 16, "num_quantizers": 8, "vector_quantization_hidden_dimension": 16, "upsample_groups": 32,
+        "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 32,
+    }  # fmt: skip
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    model = _build(
+        "MoshiForConditionalGeneration",
+        vocab_size=64, num_hidden_layers=3, ffn_dim=256, max_position_embeddings=128, sliding_window=64, num_codebooks=4, **sizes,
+        audio_encoder_config=codec, audio_vocab_size=64,
+        depth_decoder_config={
+            **sizes, "ffn_dim": 128, "num_hidden_layers": 2, "max_position_embeddings": 5, "sliding_window": 4
+        },
+    )  # fmt: skip
+    # Codebooks are buffers, all zero before training: every frame would have the same code.
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    _save(folder, model, transformers.EncodecFeatureExtractor(sampling_rate=400))
+
+
 _BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "agentcpm-explore": _qwen3,
     "glm-4.7-flash": _glm,
@@ -234,4 +279,6 @@ _BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "whisper-large-v3-turbo": _whisper,
     "parakeet-tdt-0.6b-v3": _parakeet,
     "vibevoice-asr": _vibevoice,
+    "gemma-scope-2-27b": _gemma_scope,
+    "personaplex-7b": _personaplex,
 }
