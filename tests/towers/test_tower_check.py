@@ -90,7 +90,7 @@ def test_a_role_without_a_loader_is_a_need_even_with_its_library(registry: Teach
 
 
 def test_an_unknown_id_is_refused_before_anything_is_tried(registry: TeacherRegistry) -> None:
-    with pytest.raises(TowerLoadError, match="Did you mean 'qwen2.5-0.5b'"):
+    with pytest.raises(TowerLoadError, match=r"Did you mean 'qwen2.5-0.5b'"):
         next(check_teachers(registry, ("glm-4.7-flash", "qwen2.5-0.6b"), tiny=True))
 
 

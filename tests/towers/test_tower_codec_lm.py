@@ -122,7 +122,7 @@ def test_noise_is_added_where_it_is_asked_for(
 def test_rows_that_cannot_be_heard_are_named(
     engine: TeacherEngine, media_request: Callable[..., ScoreRequest], data: bytes, reason: str
 ) -> None:
-    with pytest.raises(RowsError, match="found|Found 1 bad rows: row-1") as caught:
+    with pytest.raises(RowsError, match="Found 1 bad rows: row-1") as caught:
         engine.score(media_request((recording(0), data)))
     assert list(caught.value.reasons) == ["row-1"]
     assert reason in caught.value.reasons["row-1"]
@@ -147,5 +147,5 @@ def test_text_alone_is_no_request_for_it(engine: TeacherEngine, text_request: Ca
 
 
 def test_another_class_is_no_codec_lm(qwen_folder: Path, spec_of: Callable[..., TeacherSpec]) -> None:
-    with pytest.raises(TowerLoadError, match="Expected MoshiForConditionalGeneration .*found Qwen3ForCausalLM"):
+    with pytest.raises(TowerLoadError, match=r"Expected MoshiForConditionalGeneration .*found Qwen3ForCausalLM"):
         load_tower(spec_of(qwen_folder, "codec_lm"), device="cpu")

@@ -11,6 +11,7 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEModel, WhisperFeatureExtractor
 
 from nexus.data.media import add_noise, decode_audio, decode_image
+from nexus.errors import ConfigError
 from nexus.profiling.layers import find_blocks
 from nexus.towers.encoder import MAX_ROWS, encode, encoder_of, label_texts, prepare_inputs
 from nexus.towers.loader import LoadedTower
