@@ -112,7 +112,7 @@ app = _App(
     rich_markup_mode=None,
 )
 teachers_app = typer.Typer(
-    cls=_Commands, help="List, show and fetch teachers.", no_args_is_help=True, rich_markup_mode=None
+    cls=_Commands, help="List, show, fetch and check teachers.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(teachers_app, name="teachers")
 
