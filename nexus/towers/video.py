@@ -33,7 +33,15 @@ def decode_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             return frames
     # Pillow raises these for unknown formats, truncated files and decompression bombs; SyntaxError is its word for a broken PNG, and
     # a GIF that ends inside a header gives IndexError or struct.error.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         # Pillow names the buffer that it was given, by address.
         reason = " ".join(str(error).split()).partition(" <_io")[0]
         raise DataError(
