@@ -55,7 +55,10 @@ DashboardOption = Annotated[
     bool, typer.Option("--dashboard/--no-dashboard", help="Serve the Ray dashboard when a local cluster is started.")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object to stdout; everything else goes to stderr.")
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object to stdout, {error, exit_code} after a failure; the rest goes to stderr."
+    ),
 ]
 ModelsOption = Annotated[
     Path | None,
@@ -98,7 +101,10 @@ class _App(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit."""
         kwargs = {"prog_name": "nexus", **kwargs, "standalone_mode": False}
-        sys.exit(guarded(lambda: super(_App, self).__call__(*args, **kwargs)))
+        # Looked for here and not by the parser, whose own complaints are wanted as JSON too.
+        arguments = args[0] if args else kwargs.get("args")
+        as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+        sys.exit(guarded(lambda: super(_App, self).__call__(*args, **kwargs), as_json=as_json))
 
 
 app = _App(
@@ -190,13 +196,14 @@ def profile(
     max_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Rows of each capability.", show_default=False)
     ] = None,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability."""
-    extra = [
-        f"profile.{key}={value}"
-        for key, value in (("batch_size", batch_size), ("max_samples", max_samples))
-        if value is not None
-    ]
+    settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
+    extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
     execute_stages(options, "profile")
 

@@ -108,7 +108,7 @@ def score_completions(
     """
     assert request.completions is not None
     rows = tokenise_rows(tokenizer, request.prompts, request.completions)
-    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids[:-1]) for row in rows])
+    _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
     top_k = min(request.top_k, vocabulary_size(model))
     ids: list[np.ndarray] = [np.empty(0)] * len(rows)
     logprobs, tails = list(ids), list(ids)
@@ -241,6 +241,38 @@ def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTop
     )
 
 
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row_ids: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+) -> tuple[str, ...]:
+    """Greedy completions that `score_completions` can score.
+
+    Raises:
+        RowsError: rows whose prompt does not fit the model, or whose answer does not: cut into tokens again, a text may have more of
+            them than were generated.
+    """
+    try:
+        answers = generate_greedily(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    except RowsError as error:
+        names = prompt_names(len(prompts))
+        raise RowsError(
+            error.what,
+            {row_id: error.reasons[name] for row_id, name in zip(row_ids, names, strict=True) if name in error.reasons},
+        ) from None
+    rows = tokenise_rows(tokenizer, prompts, answers)
+    _refuse_unfit(model, row_ids, [_scored_length(row) for row in rows])
+    return answers
+
+
+def prompt_names(count: int) -> list[str]:
+    """How errors of `generate_greedily` name its prompts."""
+    return [f"prompt {index}" for index in range(count)]
+
+
 def generate_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -255,8 +287,7 @@ def generate_greedily(
         RowsError: prompts that do not fit the model; rows are named by their index.
     """
     prompt_ids = tokenise_prompts(tokenizer, prompts)
-    names = [f"prompt {i}" for i in range(len(prompts))]
-    _refuse_unfit(model, names, [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
+    _refuse_unfit(model, prompt_names(len(prompts)), [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
     ends = end_token_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
     greedy = GenerationConfig(
@@ -344,6 +375,11 @@ def _forward(
         logits_BCV = logits_BTV[:, -longest_completion:]
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
     return _Scored(logits_BCV[scored_BC], hidden)
+
+
+def _scored_length(row: TokenisedRow) -> int:
+    """Tokens that the model reads; the last one is only scored."""
+    return len(row.prompt_ids) + len(row.completion_ids[:-1])
 
 
 def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Sequence[int]) -> None:

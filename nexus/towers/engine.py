@@ -6,6 +6,7 @@ What a teacher can do follows from its role alone: causal_lm.py, encoder.py, cod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus.config import Role
+from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError
-from nexus.profiling.consolidation import BatchMeasurement
+from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
+from nexus.profiling.reasoning_eval import ablated_answers
 from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
 from nexus.towers.health import check_targets
@@ -30,6 +33,14 @@ from nexus.towers.targets import ScoreRequest, SparseTargets, TeacherTargets, To
 from nexus.towers.tax import TaxMeasurement, measure_tax
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
+
+
+@dataclass(frozen=True)
+class AnswerCheck:
+    """How a generated completion is scored on its answer alone."""
+
+    pattern: AnswerPattern
+    max_new_tokens: int
 
 
 class TeacherEngine:
@@ -154,10 +165,17 @@ class TeacherEngine:
 
         Raises:
             ConfigError: an encoder without a classification head.
-            RowsError: as `score`.
+            RowsError: as `score`; also rows whose answer, tokenised as text, would not fit the model, which could not score it.
         """
         if self.role == "causal_lm":
-            return self.generate([record.prompt for record in records], max_new_tokens=max_new_tokens)
+            model, tokenizer = self._language_model()
+            return causal_lm.answer_rows(
+                model,
+                tokenizer,
+                [record.id for record in records],
+                [record.prompt for record in records],
+                max_new_tokens=max_new_tokens,
+            )
         texts, logprobs_BC = self._labels(), self._label_logprobs(records, snr_db)
         return tuple(texts[index] for index in logprobs_BC.argmax(axis=1))
 
@@ -181,6 +199,49 @@ class TeacherEngine:
         profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
         batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
         return profiler.measure(batch)
+
+    def confirm(
+        self,
+        records: Sequence[Record],
+        plan: ConfirmationPlan,
+        *,
+        strategy: ProfileStrategy = "auto",
+        snr_db: float | None = None,
+        answers: AnswerCheck | None = None,
+    ) -> ConfirmationMeasurement:
+        """The second pass of a profile over some rows of the first, as `NIWTProfiler.confirm`.
+
+        Args:
+            answers: makes a language model answer with each layer skipped; None leaves its accuracy to verification.
+
+        Raises:
+            RowsError: as `measure`; or rows without an answer to find.
+        """
+        profiler = NIWTProfiler(self._runner, strategy=strategy)
+        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
+        confirmed = profiler.confirm(batch, plan)
+        if self.role != "causal_lm" or answers is None:
+            return confirmed
+        golds = [
+            gold_answer((record.completion if record.answer is None else record.answer) or "", answers.pattern)
+            for record in records
+        ]
+        missing = {record.id: "no answer" for record, gold in zip(records, golds, strict=True) if gold is None}
+        if missing:
+            raise RowsError(
+                "Expected an answer to find in every row whose answers are generated; add or drop them.", missing
+            )
+        model, tokenizer = self._language_model()
+        correct_VB = ablated_answers(
+            profiler,
+            tokenizer,
+            causal_lm.tokenise_prompts(tokenizer, [record.prompt for record in records]),
+            [gold for gold in golds if gold is not None],
+            pattern=answers.pattern,
+            max_new_tokens=answers.max_new_tokens,
+            end_ids=causal_lm.end_token_ids(model, tokenizer),
+        )
+        return replace(confirmed, generated_correct_VB=correct_VB)
 
     def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
         """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards."""
