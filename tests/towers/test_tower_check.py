@@ -9,7 +9,9 @@ import pytest
 
 from nexus.errors import TowerLoadError
 from nexus.towers import check
-from nexus.towers.check import CheckRow, check_teachers, what_it_needs
+from nexus.towers.check import CheckRow, check_teachers, exercise, what_it_needs
+from nexus.towers.engine import TeacherEngine
+from nexus.towers.loader import LoadedTower
 from nexus.towers.registry import TeacherRegistry, load_registry
 from nexus.towers.tiny import write_tiny
 
@@ -103,7 +105,7 @@ def test_local_checkpoints_are_tried_where_they_lie(registry: TeacherRegistry, t
     names = ("siglip2-so400m", "gemma-scope-2-27b", "qwen2.5-0.5b", "agentcpm-explore")
     rows = list(check_teachers(registry, names, tiny=False, models_dir=tmp_path))
     assert [row.status for row in rows] == ["failed", "ok", "ok", "needs"]
-    assert "to fit teacher 'siglip2-so400m'" in str(rows[0].reason) or "Siglip" in str(rows[0].reason)
+    assert "of teacher 'siglip2-so400m', found" in str(rows[0].reason)
     assert "nexus teachers pull agentcpm-explore" in str(rows[3].reason)
 
 
@@ -117,3 +119,7 @@ def test_a_librarys_own_mistake_is_a_failed_row_and_not_the_end(
     first, second = check_teachers(registry, ("qwen2.5-0.5b", "agentcpm-explore"), tiny=True)
     assert (first.status, first.reason) == ("failed", "AttributeError: no attribute")
     assert second.status == "ok"
+
+
+def test_a_classifier_gives_labels_too(whisper_classifier: LoadedTower) -> None:
+    assert exercise(TeacherEngine(whisper_classifier, teacher_id="tiny")) == ("hidden", "embedding", "labels")

@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from nexus.errors import TowerLoadError
-from nexus.towers.experts import NF4Experts, relative_error, why_not_packed
+from nexus.towers.experts import NF4Experts, relative_error, replace_experts, why_not_packed
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.nf4 import QuantisationPlan, measure_coverage
 from nexus.towers.registry import TeacherSpec
@@ -227,6 +227,14 @@ class Holder(torch.nn.Module):
     def __init__(self, experts: torch.nn.Module) -> None:
         super().__init__()
         self.experts = experts
+
+
+def test_experts_whose_name_is_kept_are_not_replaced() -> None:
+    model = Holder(float_experts())
+    replace_experts(model, ["experts"], torch.float32)
+    assert isinstance(model.experts, Qwen3MoeExperts)
+    replace_experts(model, [], torch.float32)
+    assert isinstance(model.experts, NF4Experts)
 
 
 def test_packed_experts_are_measured_by_the_same_limit_as_matrices() -> None:
