@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexus.artifacts import StrictModel, fingerprint_of
 from nexus.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 SAMPLES_PREFIX = "samples:"
 SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
@@ -481,16 +478,16 @@ _MAX_SHOWN = 60
 """Characters of a wrong value that a message repeats: enough to find it, and one line stays one line."""
 
 
-def _wanted(item: ErrorDetails) -> str:
+def _wanted(item: Mapping[str, Any]) -> str:
     """What the schema demands, in the words of a YAML file."""
-    noun = _YAML_NOUNS.get(item["type"].removesuffix("_type"))
+    noun = _YAML_NOUNS.get(str(item["type"]).removesuffix("_type"))
     if noun is not None:
         return noun
     if item["type"] == "string_pattern_mismatch":
         return f"text that matches {item['ctx']['pattern']}"
     if item["type"] == "too_short":
         return f"at least {item['ctx']['min_length']} item"
-    return item["msg"].removeprefix("Input should be ")
+    return str(item["msg"]).removeprefix("Input should be ")
 
 
 def _shown(value: object) -> str:
@@ -498,7 +495,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
-def _remedy(item: ErrorDetails) -> str:
+def _remedy(item: Mapping[str, Any]) -> str:
     """What to do about a value of a wrong type or outside its bounds."""
     if isinstance(item["input"], str):
         if item["type"] == "float_type":
