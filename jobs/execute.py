@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "quickstart.yaml"
+JOB_COPY = "_ray_pkg_"
+"""How the folder begins in which `ray job submit --working-dir` runs a job."""
 DEFAULT_CONFIG_NOTE = "Default: the quickstart's, shipped with nexus."
 
 
@@ -83,6 +85,11 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     )
     # Only now: a mistake in what was typed is answered by its own line alone.
     reporter.line(f"configuration {path}{note}, run directory {out}")
+    if any(part.startswith(JOB_COPY) for part in out.absolute().parts):
+        reporter.line(
+            f"{out.absolute()} lies in Ray's copy of the job's files and goes away with the cluster's session; "
+            "give an absolute --out to keep the run"
+        )
     try:
         with session:
             records = run_stages(session, last, inject_spike=inject_spike)

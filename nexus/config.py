@@ -153,6 +153,15 @@ class ProfileConfig(ConfigSection):
     """NIWT layer profiling."""
 
     max_samples: int = Field(256, gt=0)
+    """Rows of each capability at most."""
+    min_samples: int = Field(64, gt=0)
+    """Rows of each capability (at most max_samples) before the critical layers are first looked at; sampling of a teacher ends when
+    they are stable at 95 %, checked again at twice, four times, ... as many."""
+    confirm_samples: int = Field(32, ge=0)
+    """Rows of each teacher that are measured again with mean and noise ablation, the causal check and, where the answer is only a
+    part of the completion, generated answers; 0 measures none."""
+    budget_seconds: float | None = Field(None, gt=0)
+    """No further rows are begun after so long, once every teacher has some; the profiles are then marked partial."""
     batch_size: int = Field(32, gt=0)
     strategy: Literal["auto", "brute", "prefix", "triangular"] = "auto"
 

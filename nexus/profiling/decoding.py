@@ -1,9 +1,9 @@
 """Greedy decoding of a model and of all its skip-one-layer ablations at once, exactly.
 
 A decoder is bound by reading its weights, so all ablations share each read: they are rows of one decode with one KV cache. A block
-never sees the rows that skip it, so its cache holds one entry per other row, at the same length as everywhere else. The prompt is
-swept triangularly: ablations that have not diverged yet share the clean rows and copy their cache afterwards. Rows that reached
-the end of sequence leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablations, T prompt length, A new tokens.
+never computes a row that skips it, nor one that would repeat the clean row: an ablation whose tokens are still the clean ones is
+the clean row up to the block it skips. The prompt is swept triangularly for the same reason. Rows that reached the end of sequence
+leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablations, T prompt length, A new tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from nexus.errors import ProfilingError
+from nexus.profiling.caches import with_room
 from nexus.profiling.layers import BlockCall, BlockStack, Rows
 from nexus.profiling.perturbation import language_model_head, run_and_skip, stacked_rows
 
@@ -122,7 +123,7 @@ def brute_generations(
             first_logits.append(logits)
             for step in range(max_new_tokens):
                 logits = decode.step(next_B) if step > 0 else logits
-                next_B = logits.argmax(dim=-1)
+                next_B = _greedy(logits, stack).to(logits.device)
                 tokens_BA[alive_B, step] = next_B[alive_B]
                 alive_B &= ~torch.isin(next_B, eos_E)
                 if not alive_B.any():
@@ -146,8 +147,8 @@ def stacked_generations(
         ProfilingError: no ablation changes the first logits, these are NaN, or the model keeps no cache of one entry per block.
     """
     num_variants, batch_size, device = len(stack) + 1, len(input_ids_BT), input_ids_BT.device
-    eos_E = torch.tensor(stop.eos_ids, device=device)
-    tokens_RA = input_ids_BT.new_full((num_variants * batch_size, max_new_tokens), stop.pad_id)
+    eos_E = torch.tensor(stop.eos_ids)
+    tokens_RA = torch.full((num_variants * batch_size, max_new_tokens), stop.pad_id)
     decode = GreedyDecode(model, attention_mask_BT)
 
     def sweep_prompt(call: BlockCall) -> Tensor:
@@ -166,37 +167,122 @@ def stacked_generations(
             "cannot be stacked in this model. Use strategy='brute'."
         )
 
-    row_R = torch.arange(num_variants * batch_size, device=device)
-    # The block that each row skips; clean rows name the one past the last.
-    skips_R = (row_R // batch_size - 1) % num_variants
-    rows_of_block = [(skips_R != index).nonzero()[:, 0] for index in range(len(stack))]
-    for index, (layer, rows_S) in enumerate(zip(cache_layers, rows_of_block, strict=True)):
-        # Ablations of this block and of later ones ran as the clean rows so far.
-        layer.reorder_cache(torch.where(rows_S // batch_size <= index, rows_S, rows_S % batch_size))
+    live = _LiveRows(len(stack), batch_size)
+    decode.cache.layers = [with_room(layer, live.num_rows - batch_size, max_new_tokens - 1) for layer in cache_layers]
+    next_R, alive_R = live.id_R, torch.ones(live.num_rows, dtype=torch.bool)
+    present, born = live.of_blocks(device)
 
-    def run_others(call: BlockCall) -> Tensor:
-        rows_S = rows_of_block[call.index]
+    def run_present(call: BlockCall) -> Tensor:
+        rows_S, (born_N, clean_N) = present[call.index], born[call.index]
         output = call.run(call.hidden_RTD.index_select(0, rows_S), Rows(rows_S, len(call.hidden_RTD)))
-        return call.hidden_RTD.index_copy(0, rows_S, output)
+        hidden_RTD = call.hidden_RTD.index_copy(0, rows_S, output)
+        return (
+            hidden_RTD.index_copy_(0, born_N, call.hidden_RTD.index_select(0, clean_N)) if len(born_N) else hidden_RTD
+        )
 
-    alive_R = torch.ones_like(row_R, dtype=torch.bool)
-    next_R = row_R
-    with stack.intercept(run_others):
+    with stack.intercept(run_present):
         for step in range(max_new_tokens):
             if step > 0:
-                # A block without rows would lose count of the tokens: finished rows stay while a single ablation is left.
-                if not alive_R.all() and len(torch.unique(skips_R[alive_R])) > 1:
-                    for layer, rows_S in zip(cache_layers, rows_of_block, strict=True):
-                        layer.reorder_cache(alive_R[rows_S].nonzero()[:, 0])
-                    decode.mask_RT, next_R, row_R, skips_R = (
-                        x[alive_R] for x in (decode.mask_RT, next_R, row_R, skips_R)
-                    )
-                    alive_R = torch.ones_like(row_R, dtype=torch.bool)
-                    rows_of_block[:] = [(skips_R != index).nonzero()[:, 0] for index in range(len(stack))]
-                logits = decode.step(next_R)
-            next_R = logits.argmax(dim=-1)
-            tokens_RA[row_R[alive_R], step] = next_R[alive_R]
+                logits = decode.step(next_R.to(device))
+            next_R = _greedy(logits, stack)
+            tokens_RA[live.id_R[alive_R], step] = next_R[alive_R]
             alive_R &= ~torch.isin(next_R, eos_E)
             if not alive_R.any():
                 break
-    return tokens_RA.view(num_variants, batch_size, max_new_tokens)
+            change = live.advance(next_R, alive_R)
+            if change is not None:
+                keep_R, entries = change
+                layers: list[Any] = decode.cache.layers
+                for layer, entries_S in zip(layers, entries, strict=True):
+                    layer.reorder_cache(entries_S.to(device))
+                decode.mask_RT = decode.mask_RT[keep_R.to(device)]
+                next_R, alive_R = next_R[keep_R], alive_R[keep_R]
+                present, born = live.of_blocks(device)
+    return tokens_RA.view(num_variants, batch_size, max_new_tokens).to(device)
+
+
+class _LiveRows:
+    """The rows of a stacked decode: whose they are, and which of them each block computes and caches. Kept on the CPU.
+
+    While an ablation generates what the clean model generates, the blocks before the skipped one would compute and cache for it
+    what they compute and cache for the clean row: they leave it out. It is born at the block it skips, as the clean input of that
+    block, and joins the earlier blocks' caches, as a copy of the clean row, when its first other token makes it go its own way.
+    """
+
+    def __init__(self, num_blocks: int, batch_size: int) -> None:
+        self._num_blocks = num_blocks
+        self.id_R = torch.arange((num_blocks + 1) * batch_size)
+        """Variant * batch size + sample."""
+        # The block that each row skips; clean rows name the one past the last.
+        self._skips_R = (self.id_R // batch_size - 1) % (num_blocks + 1)
+        self._clean_R = self.id_R % batch_size
+        self._agrees_R = self._skips_R < num_blocks
+        # In the order of the cache. A triangular sweep of the prompt leaves the clean rows and those born before.
+        self._present = [self.id_R[: (index + 1) * batch_size] for index in range(num_blocks)]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the model's call."""
+        return len(self.id_R)
+
+    def of_blocks(self, device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Return for each block the rows that it computes, and those born there with the clean rows that they are born from."""
+        born = []
+        for index in range(self._num_blocks):
+            born_N = (self._agrees_R & (self._skips_R == index)).nonzero()[:, 0]
+            born.append((born_N.to(device), self._clean_R[born_N].to(device)))
+        return [rows_S.to(device) for rows_S in self._present], born
+
+    def advance(self, next_R: Tensor, alive_R: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        """Let rows part from the clean ones and finished rows leave.
+
+        Args:
+            next_R: the token that each row generated.
+            alive_R: whether its generation goes on.
+
+        Returns:
+            Which rows stay, and for each block's cache the entry that each of its new entries copies (mostly itself). None if
+            nothing changes.
+        """
+        parts_R = self._agrees_R & (next_R != next_R[self._clean_R])
+        self._agrees_R &= ~parts_R
+        keep_R = alive_R.clone()
+        skipped = self._skips_R[keep_R]
+        if bool((skipped == skipped[0]).all()) and skipped[0] < self._num_blocks:
+            # A block without rows would lose count of the positions: one finished row stays beside the last ablation's. The first
+            # is a clean one or has parted from it: it needs no other.
+            keep_R[(self._skips_R != skipped[0]).nonzero()[0, 0]] = True
+        if bool(keep_R.all()) and not bool(parts_R.any()):
+            return None
+        new_index_R = keep_R.cumsum(0) - 1
+        entries = []
+        for index, rows_S in enumerate(self._present):
+            joins_N = (parts_R & keep_R & (self._skips_R > index)).nonzero()[:, 0]
+            entry_of_R = torch.full_like(self.id_R, -1)
+            entry_of_R[rows_S] = torch.arange(len(rows_S))
+            stays_S = keep_R[rows_S].nonzero()[:, 0]
+            num_entries = len(stays_S) + len(joins_N)
+            # Entries that can stay where they are do; holes and the end take the others.
+            entries_S, row_of_S = torch.arange(num_entries), torch.empty(num_entries, dtype=torch.int64)
+            is_free_S = torch.ones(num_entries, dtype=torch.bool)
+            in_place = stays_S[stays_S < num_entries]
+            beyond = stays_S[stays_S >= num_entries]
+            is_free_S[in_place] = False
+            row_of_S[in_place] = rows_S[in_place]
+            entries_S[is_free_S] = torch.cat([beyond, entry_of_R[self._clean_R[joins_N]]])
+            row_of_S[is_free_S] = torch.cat([rows_S[beyond], joins_N])
+            entries.append(entries_S)
+            self._present[index] = new_index_R[row_of_S]
+        self.id_R, self._skips_R, self._agrees_R = (x[keep_R] for x in (self.id_R, self._skips_R, self._agrees_R))
+        # Of rows that no longer agree, whose clean row may be gone, it is never asked.
+        self._clean_R = new_index_R[self._clean_R[keep_R]]
+        return keep_R, entries
+
+
+def _greedy(logits_RV: Tensor, stack: BlockStack) -> Tensor:
+    """Return the greedy tokens [R] on the CPU."""
+    chosen_R = logits_RV.argmax(dim=-1)
+    # argmax takes NaN for the largest, so looking at what it chose is enough.
+    if bool(logits_RV.gather(1, chosen_R[:, None]).isnan().any()):
+        raise stack.not_a_number()
+    return chosen_R.cpu()

@@ -121,6 +121,13 @@ class BlockStack:
             "these blocks do not process this input. Pass layers= with the path of the blocks that do."
         )
 
+    def not_a_number(self) -> ProfilingError:
+        """Return the error for a model, or an ablation, that gives NaN."""
+        return ProfilingError(
+            f"Expected outputs of the model and of its ablations at '{self.path}' to be numbers, found NaN. Load the model in "
+            "a wider compute dtype (float32), or leave out the rows that cause it."
+        )
+
     def require_effect(self, readings_V: Tensor) -> None:
         """Raise ProfilingError when no ablation moved any reading, or when one is no number.
 
@@ -129,10 +136,7 @@ class BlockStack:
                 rules out may be infinite.
         """
         if bool(readings_V.isnan().any()):
-            raise ProfilingError(
-                f"Expected outputs of the model and of its ablations at '{self.path}' to be numbers, found NaN. Load the model in "
-                "a wider compute dtype (float32), or leave out the rows that cause it."
-            )
+            raise self.not_a_number()
         clean, ablated = readings_V[:1], readings_V[1:]
         moves = torch.where(ablated == clean, 0.0, (ablated - clean).abs())
         scale = clean[clean.isfinite()].abs().max()

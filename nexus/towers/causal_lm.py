@@ -109,7 +109,7 @@ def score_completions(
     assert request.completions is not None
     rows = tokenise_rows(tokenizer, request.prompts, request.completions)
     _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
-    top_k = min(request.top_k, _vocabulary_size(model))
+    top_k = min(request.top_k, vocabulary_size(model))
     ids: list[np.ndarray] = [np.empty(0)] * len(rows)
     logprobs, tails = list(ids), list(ids)
     hidden: dict[int, list[np.ndarray]] = {layer: list(ids) for layer in request.layers}
@@ -157,6 +157,30 @@ def completion_logits(
     rows = tokenise_rows(tokenizer, prompts, completions)
     for chosen in _micro_batches(model, rows):
         yield _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
+
+
+def completion_states(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest, layers: Sequence[int]
+) -> tuple[np.ndarray, dict[int, Tensor]]:
+    """Outputs of blocks at the positions that predict the completions' tokens, in the model's own precision and on its device.
+
+    Returns:
+        int64 [B+1], row b owns positions offsets[b]:offsets[b+1]; and layer -> [N, H].
+
+    Raises:
+        RowsError: rows that do not fit the model.
+    """
+    assert request.completions is not None
+    rows = tokenise_rows(tokenizer, request.prompts, request.completions)
+    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids[:-1]) for row in rows])
+    offsets_B1 = np.cumsum([0, *(len(row.completion_ids) for row in rows)], dtype=np.int64)
+    parts: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
+    for chosen in _micro_batches(model, rows):
+        batch = _forward(model, tokenizer, [rows[i] for i in chosen], layers)
+        counts = [len(rows[i].completion_ids) for i in chosen]
+        for layer, state_NH in batch.hidden.items():
+            parts[layer].update(zip(chosen, state_NH.split(counts), strict=True))
+    return offsets_B1, {layer: torch.cat([by_row[b] for b in range(len(rows))]) for layer, by_row in parts.items()}
 
 
 def profile_inputs(
@@ -313,7 +337,7 @@ class _Scored:
 def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
     longest = max((len(row.completion_ids) for row in rows), default=0)
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * _vocabulary_size(model)))
+    max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * vocabulary_size(model)))
     return micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS)
 
 
@@ -340,13 +364,15 @@ def _forward(
     device = model.device
     scored_BC = scored_BC.to(device)
     with torch.inference_mode(), recorded_blocks(model, layers) as recorded:
-        logits_BCV = model(
+        logits_BTV = model(
             input_ids=input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),
             position_ids=position_ids_BT.to(device),
             use_cache=False,
             logits_to_keep=longest_completion,
         ).logits
+        # Some classes (the omni thinkers) take logits_to_keep and return all the same.
+        logits_BCV = logits_BTV[:, -longest_completion:]
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
     return _Scored(logits_BCV[scored_BC], hidden)
 
@@ -372,7 +398,7 @@ def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Seque
         )
 
 
-def _vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the output head: some heads are padded beyond the configured vocabulary."""
     return int(model.get_output_embeddings().weight.shape[0])
 

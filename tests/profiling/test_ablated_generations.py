@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
@@ -142,14 +144,60 @@ def test_micro_batch_size_changes_no_token(qwen3, prompts, micro_batch_size):
     assert torch.equal(result, expected)
 
 
-def test_a_block_never_computes_the_rows_that_skip_it(own_qwen3, prompts):
+def test_a_block_computes_no_row_that_skips_it_and_none_that_equals_the_clean_one(own_qwen3, prompts):
+    """While an ablation generates the clean tokens, the blocks before the skipped one have nothing to do for it."""
     rows: list[list[int]] = [[], [], []]
     for index, layer in enumerate(own_qwen3.model.layers):
         layer.mlp.register_forward_hook(lambda _, args, output, index=index: rows[index].append(len(output)))
     own_qwen3.generation_config.eos_token_id = None
-    NIWTProfiler(own_qwen3).ablated_generations(*prompts, 4)
-    # The prompt is swept with 1, 2 and 3 variants; each of three steps then has all but one of four.
-    assert rows == [[4, 12, 12, 12], [8, 12, 12, 12], [12, 12, 12, 12]]
+    tokens_VBA = NIWTProfiler(own_qwen3).ablated_generations(*prompts, 5)
+    has_parted_LBA = (tokens_VBA[1:] != tokens_VBA[:1]).cumsum(-1) > 0
+    shares = 0
+    for index in range(3):
+        expected = [4 * (index + 1)]
+        for step in range(4):
+            later = 4 * (2 - index) - int(has_parted_LBA[index + 1 :, :, step].sum())
+            shares += later
+            expected.append(4 * 3 - later)
+        assert rows[index] == expected
+    assert shares > 0
+
+
+def test_an_ablation_that_parts_late_is_copied_from_the_clean_row(own_qwen3, prompts, skipping):
+    with torch.no_grad():
+        # The last block does little: its ablation says what the clean model says for a while.
+        own_qwen3.model.layers[2].self_attn.o_proj.weight.mul_(0.2)
+        own_qwen3.model.layers[2].mlp.down_proj.weight.mul_(0.2)
+    own_qwen3.generation_config.eos_token_id = None
+    profiler = NIWTProfiler(own_qwen3)
+    tokens_VBA = profiler.ablated_generations(*prompts, 12)
+    num_agreeing_B = ((tokens_VBA[3] != tokens_VBA[0]).cumsum(-1) == 0).sum(-1)
+    assert ((num_agreeing_B > 2) & (num_agreeing_B < 11)).any()
+    assert torch.equal(tokens_VBA, one_at_a_time(own_qwen3, profiler.stack.blocks, skipping, prompts, 12))
+
+
+def test_states_that_no_window_and_no_column_holds_follow_their_rows(prompts, skipping):
+    """Recurrent layers keep one state per row."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        layer_types=["conv", "full_attention", "conv"],
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = Lfm2ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    profiler = NIWTProfiler(model)
+    prompts = tuple(tensor[:1] for tensor in prompts)
+    stacked = profiler.ablated_generations(*prompts, 6)
+    assert torch.equal(stacked, one_at_a_time(model, profiler.stack.blocks, skipping, prompts, 6))
 
 
 def test_one_block_is_enough(prompts, skipping):
@@ -274,3 +322,14 @@ def test_logits_that_are_nan_are_refused(own_qwen3, prompts):
         own_qwen3.lm_head.weight[5, 0] = torch.nan
     with pytest.raises(ProfilingError, match="found NaN"):
         NIWTProfiler(own_qwen3).ablated_generations(*prompts, 3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_logits_that_become_nan_while_decoding_are_refused(own_qwen3, prompts, strategy):
+    tokens_VBA = NIWTProfiler(own_qwen3).ablated_generations(*prompts, 2)
+    generated = set(tokens_VBA[..., 0].flatten().tolist()) - set(prompts[0].flatten().tolist())
+    assert generated
+    with torch.no_grad():
+        own_qwen3.model.embed_tokens.weight[min(generated)] = torch.nan
+    with pytest.raises(ProfilingError, match="found NaN"):
+        NIWTProfiler(own_qwen3, strategy=strategy).ablated_generations(*prompts, 3)
