@@ -489,14 +489,14 @@ _MAX_SHOWN = 60
 
 def _wanted(item: Mapping[str, Any]) -> str:
     """What the schema demands, in the words of a YAML file."""
-    noun = _YAML_NOUNS.get(item["type"].removesuffix("_type"))
+    noun = _YAML_NOUNS.get(str(item["type"]).removesuffix("_type"))
     if noun is not None:
         return noun
     if item["type"] == "string_pattern_mismatch":
         return f"text that matches {item['ctx']['pattern']}"
     if item["type"] == "too_short":
         return f"at least {item['ctx']['min_length']} item"
-    return item["msg"].removeprefix("Input should be ")
+    return str(item["msg"]).removeprefix("Input should be ")
 
 
 def _shown(value: object) -> str:
