@@ -40,7 +40,7 @@ from nexus.training.divergence import (
     per_token,
 )
 
-WORKSPACE_BYTES = 160 << 20
+WORKSPACE_BYTES = 96 << 20
 """Room for logits and their temporaries: 1,024 tokens over a vocabulary of 151,936 then train in 0.5 GiB, of which 0.29 are the
 gradient of a 512-wide head. On a GPU give more: blocks of a thousand rows fill its matrix units."""
 
