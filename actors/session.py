@@ -109,7 +109,8 @@ class Session:
 
                 if kind is not None:
                     # What the threads of Ray Data meet when their cluster goes away, in tracebacks of 60 lines.
-                    logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+                    for name in ("ray", "ray.data"):
+                        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
                 ray.shutdown()
         finally:
             self.memory.__exit__()
