@@ -192,7 +192,7 @@ class Session:
 
     @property
     def specs(self) -> list[TeacherSpec]:
-        """What each teacher is loaded from.
+        """What each teacher is loaded from; absolute paths, because Ray's workers have another working directory.
 
         Raises:
             TowerLoadError: when a teacher's files are not on this machine.
@@ -200,9 +200,15 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
+        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
         return [
-            dataclasses.replace(resolve_teacher(teacher, registry, models_dir=self._models_dir), id=teacher.id)
-            for teacher in self.config.teachers
+            dataclasses.replace(
+                spec,
+                id=teacher.id,
+                path=str(Path(spec.path).absolute()),
+                base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
+            )
+            for teacher, spec in zip(self.config.teachers, found, strict=True)
         ]
 
     def check_inputs(self) -> None:
