@@ -127,6 +127,8 @@ def prepare_environment(target: ClusterTarget) -> None:
         _follow_authentication(target.address or os.environ.get("RAY_ADDRESS"))
     # Ray Data's own actor pools make Ray's core print an error about their constructor arguments at every start.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Behind an interrupt a thread of Ray Data may still ask for something, which would start or join another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     for name, value in MALLOC_ENVIRONMENT.items():

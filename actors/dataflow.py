@@ -22,10 +22,11 @@ from ray.data import ActorPoolStrategy
 
 from actors.pool import TeacherPool
 from nexus.data.loader import iter_records
-from nexus.data.media import decodable
+from nexus.data.media import usable
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
 from nexus.errors import NexusError
+from nexus.towers.rows import RowsError
 
 CALLERS = 2
 """Actors that forward batches; two keep one teacher busy while the other's rows are being read."""
@@ -63,6 +64,17 @@ class TeacherAnswer:
     result: Any
 
 
+@dataclass(frozen=True)
+class _Reply:
+    records: tuple[Record, ...]
+    """The rows that were answered."""
+    rejected: tuple[tuple[Record, str], ...]
+    """Rows that the teacher cannot take, with the reason; the others were asked again without them."""
+    answer: bytes | None
+    """What the teacher said, still packed: unpacking it in the caller would load the libraries of its classes. None without a row
+    that was answered."""
+
+
 class _TeacherCaller:
     """Ray Data UDF: one row in is one pickled batch of records, one row out is the teacher's pickled answer."""
 
@@ -77,19 +89,27 @@ class _TeacherCaller:
             out["answer"].append(pickle.dumps(self._ask(str(teacher), payload)))
         return out
 
-    def _ask(self, teacher: str, payload: bytes) -> tuple[tuple[Record, ...], bytes]:
-        """The rows and what the teacher said, still packed: unpacking here would load the libraries of its classes."""
+    def _ask(self, teacher: str, payload: bytes) -> _Reply:
         content = pickle.loads(payload)  # nosec B301 # written by `_Reader`
         if isinstance(content, NexusError):
-            return (), pickle.dumps(content)
+            return _Reply((), (), pickle.dumps(content))
         records, method, arguments = content
-        self._calls += 1
-        self._pool.submit(self._calls, teacher, "packed", method, records, *arguments)
-        try:
-            return records, self._pool.collect(self._calls)
-        except NexusError as error:
-            # Carried to the driver as a value: an exception here would be wrapped by Ray Data, and retried.
-            return records, pickle.dumps(error)
+        rejected: list[tuple[Record, str]] = []
+        while records:
+            self._calls += 1
+            self._pool.submit(self._calls, teacher, "packed", method, records, *arguments)
+            try:
+                return _Reply(records, tuple(rejected), self._pool.collect(self._calls))
+            except RowsError as error:
+                bad = [record for record in records if record.id in error.reasons]
+                if not bad:
+                    return _Reply((), tuple(rejected), pickle.dumps(error))
+                rejected += [(record, f"{error.what} Found {error.reasons[record.id]}.") for record in bad]
+                records = tuple(record for record in records if record.id not in error.reasons)
+            except NexusError as error:
+                # Carried to the driver as a value: an exception here would be wrapped by Ray Data, and retried.
+                return _Reply((), tuple(rejected), pickle.dumps(error))
+        return _Reply((), tuple(rejected), None)
 
 
 class _Reader:
@@ -121,7 +141,9 @@ class _Reader:
 def _batched(work: TeacherWork, quarantine: Quarantine) -> Iterator[tuple[Record, ...]]:
     pending: list[Record] = []
     records = iter_records([Path(path) for path in work.paths], capability=work.capability, quarantine=quarantine)
-    for number, record in enumerate(decodable(records, quarantine)):
+    # Rows that the teacher rejected in an earlier run of this folder have no answer there: they are not among those to skip.
+    known = (record for record in records if not quarantine.knows(record))
+    for number, record in enumerate(usable(known, quarantine)):
         if number < work.skip_rows:
             continue
         if work.max_rows is not None and number >= work.skip_rows + work.max_rows:
@@ -146,14 +168,19 @@ def stream_answers(
 ) -> Iterator[TeacherAnswer]:
     """Answers in the order of the works and of their rows; `check` is called while waiting and may raise to end the wait.
 
+    Rows that a teacher cannot take go to the quarantine.
+
     Raises:
-        NexusError: what reading or a teacher raised; earlier answers have been yielded by then.
+        NexusError: what reading or a teacher raised, or too many rows of a file that a teacher cannot take; earlier answers have
+            been yielded by then.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # The default of 30 minutes would hide a hang; one batch is bounded by its own timeout and retries.
     context.execution_no_progress_timeout_s = int(timeout_s * (max_retries + 2)) + 120
+    quarantine = Quarantine(quarantine_dir, max_bad_share)
+    last_rows: dict[str, int] = {}
     teachers = tuple(dict.fromkeys(work.teacher for work in works))
     reader = _Reader(tuple(works), str(quarantine_dir), max_bad_share)
     dataset: ray.data.Dataset = ray.data.from_items(
@@ -170,11 +197,22 @@ def stream_answers(
     dataset.set_name(name)
     for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
         for work_index, payload in zip(batch["work"], batch["answer"], strict=True):
-            records, packed = pickle.loads(payload)  # nosec B301 # written by `_TeacherCaller`
-            result = pickle.loads(packed)  # nosec B301 # written by `TeacherActor.packed`
+            reply: _Reply = pickle.loads(payload)  # nosec B301 # written by `_TeacherCaller`
+            for record, reason in reply.rejected:
+                quarantine.add_record(record, reason)
+            for record in (*reply.records, *(record for record, _ in reply.rejected)):
+                assert record.source is not None, "records of the stream come from files"
+                last_rows[record.source.file] = max(record.source.row, last_rows.get(record.source.file, 0))
+            for file, row in last_rows.items():
+                quarantine.check(file, row, final=False)
+            if reply.answer is None:
+                continue
+            result = pickle.loads(reply.answer)  # nosec B301 # written by `TeacherActor.packed`
             if isinstance(result, BaseException):
                 raise result
-            yield TeacherAnswer(int(work_index), records, result)
+            yield TeacherAnswer(int(work_index), reply.records, result)
+    for file, row in last_rows.items():
+        quarantine.check(file, row)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,14 @@ from nexus.artifacts import (
 from nexus.assembly.evaluate import build_retention, quantisation_tax, router_metrics, score_answers
 from nexus.assembly.report import SampleRow, Samples
 from nexus.config import DataConfig, resolve_path
+from nexus.data.collate import length_check
 from nexus.data.loader import iter_records
-from nexus.data.media import decodable
+from nexus.data.media import usable
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
 from nexus.errors import DataError
 from nexus.run import STAGES
+from nexus.towers.rows import RowsError
 
 if TYPE_CHECKING:
     from nexus.assembly.bundle import Answer
@@ -64,14 +67,8 @@ def evaluate_run(session: Session) -> tuple[list[Path], dict[str, Retention]]:
     decisions: list[tuple[str, ...]] = []
     sources: list[str] = []
     rows_of: dict[str, list[Record]] = {source.capability: _test_rows(session, source) for source in config.data}
-    asked: dict[tuple[str, str], None] = {}
-    for source in config.data:
-        for teacher in config.teachers_of(source.capability):
-            key = ("tax", teacher.id, source.capability)
-            session.pool.submit(
-                key, teacher.id, "tax", tuple(rows_of[source.capability]), source.max_new_tokens, source.snr_db
-            )
-            asked[(teacher.id, source.capability)] = None
+    for capability, rows in rows_of.items():
+        _ask_teachers(session, capability, rows)
     answers: dict[str, dict[str, tuple[Answer, ...]]] = {}
     for source in config.data:
         rows = rows_of[source.capability]
@@ -90,9 +87,7 @@ def evaluate_run(session: Session) -> tuple[list[Path], dict[str, Retention]]:
             for name in ("distilled", *(("labels_only",) if labels_only else ()))
         }
         session.reporter.progress("evaluate", len(answers), len(config.data), source.capability)
-    measured: dict[tuple[str, str], TaxMeasurement] = {
-        (teacher, capability): session.pool.collect(("tax", teacher, capability)) for teacher, capability in asked
-    }
+    measured = _measured(session, rows_of, answers)
     for source in config.data:
         rows = rows_of[source.capability]
         gold = [row.answer or "" for row in rows]
@@ -190,7 +185,8 @@ def _test_rows(session: Session, source: DataConfig) -> list[Record]:
     records = iter_records(
         [resolve_path(text) for text in source.test], capability=source.capability, quarantine=quarantine
     )
-    rows = list(islice(decodable(records, quarantine), session.config.evaluate.max_rows))
+    fits = _student_check(session, source)
+    rows = list(islice(usable(records, quarantine, fits), session.config.evaluate.max_rows))
     unanswered = next((row.id for row in rows if not row.answer), None)
     if unanswered is not None:
         raise DataError(
@@ -198,6 +194,69 @@ def _test_rows(session: Session, source: DataConfig) -> list[Record]:
             f"Add the answers or choose another file under data.{source.capability}.test."
         )
     return rows
+
+
+def _student_check(session: Session, source: DataConfig) -> Callable[[Record], None]:
+    """Whether the student has room for a row's prompt and an answer."""
+    from transformers import AutoTokenizer
+
+    from nexus.training.setup import TOKENIZER_DIR, student_positions
+
+    tokenizer = AutoTokenizer.from_pretrained(session.run.path / TOKENIZER_DIR)
+    check = length_check(tokenizer, student_positions(session.config) - source.max_new_tokens)
+
+    def check_prompt(record: Record) -> None:
+        check(replace(record, completion=None))
+
+    return check_prompt
+
+
+def _measured(
+    session: Session,
+    rows_of: dict[str, list[Record]],
+    answers: dict[str, dict[str, tuple[Answer, ...]]],
+) -> dict[tuple[str, str], TaxMeasurement]:
+    """What each teacher says to the rows of its capabilities, which it has been asked for.
+
+    Rows that a teacher cannot take leave `rows_of` and `answers`, for the quarantine; the others are asked for again.
+    """
+    quarantine = Quarantine(session.run.path / "quarantine", session.config.quarantine.max_bad_share)
+    measured: dict[tuple[str, str], TaxMeasurement] = {}
+    waiting = list(rows_of)
+    while waiting:
+        rejected: dict[str, dict[str, str]] = {}
+        for capability in waiting:
+            for teacher in session.config.teachers_of(capability):
+                try:
+                    measured[(teacher.id, capability)] = session.pool.collect(("tax", teacher.id, capability))
+                except RowsError as error:
+                    reasons = {row_id: f"{error.what} Found {found}." for row_id, found in error.reasons.items()}
+                    rejected.setdefault(capability, {}).update(reasons)
+        for capability, reasons in rejected.items():
+            rows = rows_of[capability]
+            kept = [index for index, row in enumerate(rows) if row.id not in reasons]
+            for row in rows:
+                if row.id in reasons:
+                    quarantine.add_record(row, reasons[row.id])
+            if not kept:
+                raise DataError(
+                    f"Expected held-out rows of {capability!r} that its teachers can take, found none of {len(rows)}: "
+                    f"{next(iter(reasons.values()))} Choose another file under data.{capability}.test."
+                )
+            rows_of[capability] = [rows[index] for index in kept]
+            answers[capability] = {
+                name: tuple(said[index] for index in kept) for name, said in answers[capability].items()
+            }
+            _ask_teachers(session, capability, rows_of[capability])
+        waiting = list(rejected)
+    return measured
+
+
+def _ask_teachers(session: Session, capability: str, rows: Sequence[Record]) -> None:
+    source = session.config.data_of(capability)
+    for teacher in session.config.teachers_of(capability):
+        key = ("tax", teacher.id, capability)
+        session.pool.submit(key, teacher.id, "tax", tuple(rows), source.max_new_tokens, source.snr_db)
 
 
 def _best_teacher(

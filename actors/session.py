@@ -107,6 +107,10 @@ class Session:
             if self._cluster is not None:
                 import ray
 
+                if kind is not None:
+                    # What the threads of Ray Data meet when their cluster goes away, in tracebacks of 60 lines.
+                    for name in ("ray", "ray.data"):
+                        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
                 ray.shutdown()
         finally:
             self.memory.__exit__()

@@ -20,7 +20,6 @@ from nexus.run import STAGES
 if TYPE_CHECKING:
     from actors.dataflow import TeacherWork
     from actors.trainer import TrainerProgress
-    from nexus.profiling.consolidation import BatchMeasurement
     from nexus.training.facts import TeacherFacts
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -111,71 +110,55 @@ def _run(stage: str, session: Session, inject_spike: str | None) -> tuple[list[P
 
 
 def profile(session: Session) -> tuple[list[Path], Summary]:
-    """Measure what skipping each layer of each teacher costs, on labelled rows streamed by Ray Data; one file per teacher."""
-    from actors.dataflow import TeacherWork, stream_answers
-    from nexus.profiling.consolidation import consolidate
+    """Measure what each layer of each teacher is worth, on labelled rows streamed by Ray Data; two files per teacher.
+
+    Rows come in rounds, after which teachers whose critical layers are stable get no more. What the second pass of a profile needs
+    of the first (`nexus.profiling.consolidation`) is then measured on a few rows that were kept.
+    """
+    from actors.profiling import ProfilingRound, confirm_profile
+    from nexus.profiling.consolidation import consolidate, merge_measurements, plan_confirmation, write_tensors
+    from nexus.profiling.sampling import budget_note
 
     config = session.config
-    settings = config.profile
-    works: list[TeacherWork] = []
-    for teacher in config.teachers:
-        for capability in teacher.capabilities:
-            source = config.data_of(capability)
-            if not source.labelled:
-                raise DataError(
-                    f"Expected labelled rows of capability {capability!r} to profile {teacher.id} on, found none. "
-                    f"Name a file under data.{capability}.labelled."
-                )
-            works.append(
-                TeacherWork(
-                    teacher=teacher.id,
-                    capability=capability,
-                    paths=_paths(source.labelled),
-                    skip_rows=0,
-                    max_rows=settings.max_samples,
-                    method="measure",
-                    arguments=(settings.strategy, source.snr_db),
-                    batch_size=settings.batch_size,
-                )
-            )
     reports = session.load_reports
     start = time.perf_counter()
-    measurements: dict[str, list[BatchMeasurement]] = {teacher.id: [] for teacher in config.teachers}
-    rows = 0
-    for answer in stream_answers(
-        works,
-        quarantine_dir=session.run.path / "quarantine",
-        max_bad_share=config.quarantine.max_bad_share,
-        timeout_s=config.distill.target_timeout_s,
-        max_retries=config.distill.max_retries,
-        name="nexus profile",
-        check=session.check_signals,
-    ):
-        session.check_signals()
-        measurements[works[answer.work].teacher].append(answer.result)
-        rows += len(answer.records)
-        session.reporter.progress("profile", rows, None, works[answer.work].teacher)
-    seconds = time.perf_counter() - start
+    rounds = ProfilingRound(session)
+    spent = rounds.run(start)
     outputs = []
     summary: Summary = {}
-    for teacher_id, parts in measurements.items():
-        if not parts:
+    for teacher in config.teachers:
+        known = rounds.teachers[teacher.id]
+        if not known.measurements:
             raise DataError(
-                f"Expected rows to profile {teacher_id} on, found none readable. See quarantine/ in the run directory."
+                f"Expected rows to profile {teacher.id} on, found none readable. See quarantine/ in the run directory."
             )
+        merged = merge_measurements(known.measurements)
+        plan = plan_confirmation(merged, seed=config.seed)
+        confirmations = confirm_profile(session, teacher.id, known, plan)
+        path = session.run.path / "profile" / f"{teacher.id}.json"
+        tensors = path.with_suffix(".safetensors")
+        if plan.critical_layers:
+            write_tensors(tensors, merged, plan)
+            outputs.append(tensors)
+        is_partial = spent and not known.is_complete
         result: NIWTProfile = consolidate(
-            parts,
-            teacher=teacher_id,
-            revision=reports[teacher_id].fingerprint,
-            strategy=settings.strategy,
-            seconds=seconds,
+            known.measurements,
+            teacher=teacher.id,
+            revision=reports[teacher.id].fingerprint,
+            strategy=config.profile.strategy,
+            seconds=time.perf_counter() - start,
             seed=config.seed,
+            partial=is_partial,
+            note=budget_note(known.num_rows, config.profile.budget_seconds or 0.0) if is_partial else None,
+            confirmations=confirmations,
+            capabilities={name: parts for name, parts in known.by_capability.items() if parts},
+            stopped_early=known.stopped_early,
+            tensors=tensors.name,
         )
-        path = session.run.path / "profile" / f"{teacher_id}.json"
         write_artifact(path, result)
         outputs.append(path)
         critical = " ".join(str(layer.layer) for layer in result.critical_layers) or "none"
-        summary[teacher_id] = f"critical layers {critical} of {result.num_layers}"
+        summary[teacher.id] = f"critical layers {critical} of {result.num_layers}{', partial' if is_partial else ''}"
     return outputs, summary
 
 

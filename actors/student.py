@@ -48,19 +48,21 @@ class StudentActor:
 
     def train_router(self, teachers: tuple[TeacherFacts, ...]) -> RouteResult:
         """Fit the router on pool prompts and write the whole student to `student/`."""
+        from nexus.data.collate import length_check
         from nexus.data.loader import iter_records
-        from nexus.data.media import decodable
+        from nexus.data.media import usable
         from nexus.data.quarantine import Quarantine
         from nexus.training.routing import train_router
 
         config = self._config
         student, tokenizer = self._trained("distilled", teachers)
         quarantine = Quarantine(self._run_dir / "quarantine", config.quarantine.max_bad_share)
+        fits = length_check(tokenizer, config.student.max_length)
         rows: list[Record] = []
         for source in config.data:
             paths = [resolve_path(text) for text in source.pool]
             records = iter_records(paths, capability=source.capability, quarantine=quarantine)
-            rows += islice(decodable(records, quarantine), config.router.max_rows)
+            rows += islice(usable(records, quarantine, fits), config.router.max_rows)
         fit = train_router(
             student,
             tokenizer,

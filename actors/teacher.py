@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nexus.data.records import Record
-    from nexus.profiling.consolidation import BatchMeasurement
-    from nexus.towers.engine import ProfileStrategy, TeacherEngine
+    from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
+    from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
     from nexus.towers.registry import TeacherSpec
     from nexus.towers.tax import TaxMeasurement
 
@@ -101,6 +101,20 @@ class TeacherActor:
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
         return self._timed(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+
+    def confirm(
+        self,
+        records: Sequence[Record],
+        plan: ConfirmationPlan,
+        strategy: ProfileStrategy,
+        snr_db: float | None,
+        answers: AnswerCheck | None,
+    ) -> ConfirmationMeasurement:
+        """Second pass of a profile over some rows of the first."""
+        return self._timed(
+            len(records),
+            lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
+        )
 
     def tax(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> TaxMeasurement:
         """Float original against NF4 on the same rows; the float copy is dropped afterwards."""

@@ -55,7 +55,10 @@ DashboardOption = Annotated[
     bool, typer.Option("--dashboard/--no-dashboard", help="Serve the Ray dashboard when a local cluster is started.")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object to stdout; everything else goes to stderr.")
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object to stdout, {error, exit_code} after a failure; the rest goes to stderr."
+    ),
 ]
 ModelsOption = Annotated[
     Path | None,
@@ -98,7 +101,10 @@ class _App(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit."""
         kwargs = {"prog_name": "nexus", **kwargs, "standalone_mode": False}
-        sys.exit(guarded(lambda: super(_App, self).__call__(*args, **kwargs)))
+        # Looked for here and not by the parser, whose own complaints are wanted as JSON too.
+        arguments = args[0] if args else kwargs.get("args")
+        as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+        sys.exit(guarded(lambda: super(_App, self).__call__(*args, **kwargs), as_json=as_json))
 
 
 app = _App(
@@ -112,7 +118,7 @@ app = _App(
     rich_markup_mode=None,
 )
 teachers_app = typer.Typer(
-    cls=_Commands, help="List, show and fetch teachers.", no_args_is_help=True, rich_markup_mode=None
+    cls=_Commands, help="List, show, fetch and check teachers.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(teachers_app, name="teachers")
 
@@ -190,13 +196,14 @@ def profile(
     max_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Rows of each capability.", show_default=False)
     ] = None,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability."""
-    extra = [
-        f"profile.{key}={value}"
-        for key, value in (("batch_size", batch_size), ("max_samples", max_samples))
-        if value is not None
-    ]
+    settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
+    extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
     execute_stages(options, "profile")
 
@@ -449,6 +456,41 @@ def teachers_pull(
             typer.echo(f"{name}: {folder}")
     if as_json:
         _print_json({"pulled": pulled})
+
+
+@teachers_app.command("check")
+def teachers_check(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Build each architecture tiny and try that; needs no files and no network.")
+    ] = False,
+    teachers: Annotated[
+        str | None, typer.Option("--teachers", metavar="ID,ID", help="Only these. Default: all.", show_default=False)
+    ] = None,
+    models_dir: ModelsOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Load teachers in NF4, run their role, and say what works.
+
+    A row is ok, needs something (and says what to type), or failed. The exit code is 1 when one failed.
+    """
+    from jobs.teachers import check_document, check_rows, render_check
+
+    if tiny and models_dir is not None:
+        raise UserError("Expected --models-dir without --tiny, which reads no checkpoints, found both. Leave one out.")
+    rows = []
+    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir):
+        rows.append(row)
+        if not as_json:
+            typer.echo(render_check(row))
+    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "needs", "failed")}
+    if as_json:
+        typer.echo(json.dumps([check_document(row) for row in rows], ensure_ascii=False))
+    else:
+        typer.echo(f"{counts['ok']} of {len(rows)} ok, {counts['needs']} with needs, {counts['failed']} failed")
+    if counts["failed"]:
+        raise typer.Exit(ExitCodes.FAILED)
 
 
 if __name__ == "__main__":

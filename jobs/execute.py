@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "quickstart.yaml"
+JOB_COPY = "_ray_pkg_"
+"""How the folder begins in which `ray job submit --working-dir` runs a job."""
 DEFAULT_CONFIG_NOTE = "Default: the quickstart's, shipped with nexus."
 
 
@@ -83,6 +85,11 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     )
     # Only now: a mistake in what was typed is answered by its own line alone.
     reporter.line(f"configuration {path}{note}, run directory {out}")
+    if any(part.startswith(JOB_COPY) for part in out.absolute().parts):
+        reporter.line(
+            f"{out.absolute()} lies in Ray's copy of the job's files and goes away with the cluster's session; "
+            "give an absolute --out to keep the run"
+        )
     try:
         with session:
             records = run_stages(session, last, inject_spike=inject_spike)
@@ -97,10 +104,14 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     _print_result(options, last, out, records, quarantined, time.perf_counter() - start)
 
 
-def guarded(command: Callable[[], Any]) -> int:
+def guarded(command: Callable[[], Any], *, as_json: bool = False) -> int:
     """Run a command and turn what it raises into an exit code and, on stderr, one line.
 
     NEXUS_LOG_LEVEL=DEBUG shows where an error came from as well.
+
+    Args:
+        as_json: print `{"error": LINE, "exit_code": CODE}` to stdout besides; a command prints its own object last, so that there
+            is always one.
     """
     level = os.environ.get("NEXUS_LOG_LEVEL", "ERROR").upper()
     known = logging.getLevelNamesMapping() if sys.version_info >= (3, 11) else logging._nameToLevel
@@ -112,10 +123,10 @@ def guarded(command: Callable[[], Any]) -> int:
         code, line = _verdict(error)
         if line is None:
             raise
-        _complain(line)
+        _complain(line, code, as_json=as_json)
         return code
     if result == ExitCodes.INTERRUPTED:
-        _complain("stopped")  # Typer turns a KeyboardInterrupt into its exit code
+        _complain("stopped", result, as_json=as_json)  # Typer turns a KeyboardInterrupt into its exit code
     return result if isinstance(result, int) else ExitCodes.DONE
 
 
@@ -207,9 +218,8 @@ def _quarantined(out: Path) -> dict[str, int]:
     """Bad rows of each input file that this run met, in this command or an earlier one."""
     from nexus.data.quarantine import read_quarantine
 
-    # Stages name one file by different paths.
-    rows = {(str(Path(row.file).resolve()), row.row) for row in read_quarantine(out / "quarantine")}
-    return dict(Counter(file for file, _ in sorted(rows)))
+    counts = Counter(str(Path(row.file).resolve()) for row in read_quarantine(out / "quarantine"))
+    return dict(sorted(counts.items()))
 
 
 def _print_result(
@@ -242,6 +252,12 @@ def _print_result(
     print(f"{last}: complete in {seconds:.1f} s")
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, code: int, *, as_json: bool) -> None:
     """One line on stderr; the help that a bare `nexus` asks for keeps its lines."""
-    print(text if text.startswith("Usage: ") else f"nexus: {' '.join(text.split())}", file=sys.stderr)
+    if text.startswith("Usage: "):
+        print(text, file=sys.stderr)
+        return
+    line = " ".join(text.split())
+    print(f"nexus: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))

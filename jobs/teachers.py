@@ -1,12 +1,16 @@
-"""`nexus teachers list|show|pull`: the registry on the command line."""
+"""`nexus teachers list|show|pull|check`: the registry on the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nexus.towers.registry import load_registry, pull_teacher
+
+if TYPE_CHECKING:
+    from nexus.towers.check import CheckRow
 
 COLUMNS = ("id", "role", "towers", "capabilities", "GiB in NF4", "needs")
 MAX_NEEDS = 46
@@ -63,3 +67,40 @@ def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iter
     entries = [registry.get(teacher) for teacher in teachers]
     for entry in entries:
         yield entry.id, pull_teacher(entry, models_dir=models_dir)
+
+
+def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None) -> Iterator[CheckRow]:
+    """Try teachers, given as ids between commas or None for all.
+
+    Raises:
+        TowerLoadError: an unknown id.
+    """
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from nexus.towers.check import check_teachers
+
+    # One bar and several hints per checkpoint would bury the rows.
+    disable_progress_bar()
+    set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    ids = tuple(name for name in (teachers or "").split(",") if name)
+    yield from check_teachers(load_registry(), ids, tiny=tiny, models_dir=models_dir)
+
+
+def check_document(row: CheckRow) -> dict[str, Any]:
+    """One row as plain JSON values."""
+    document = asdict(row)
+    return {**document, "targets": list(row.targets)}
+
+
+def render_check(row: CheckRow) -> str:
+    """One row for people."""
+    if row.status == "ok":
+        nf4 = f"{row.quantised_share:.1%} in NF4" if row.quantised else "floating point"
+        bits = "" if row.bits_per_param is None else f", {row.bits_per_param:.2f} bits"
+        outcome = f"ok ({nf4}{bits}; {', '.join(row.targets)})"
+    else:
+        outcome = f"{row.status}: {row.reason}"
+    return f"{row.id:<24} {row.role:<10} {row.seconds:5.1f} s  {outcome}"

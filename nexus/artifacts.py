@@ -36,7 +36,9 @@ class ProfileBaseline(StrictModel):
     nll: float | None
     """Mean negative log-likelihood of the scored tokens (or of the label), nats."""
     accuracy: float | None
-    """Share of samples whose whole answer is the teacher's greedy choice."""
+    """Share of samples that are right; how they are judged says the profile's `accuracy_by`."""
+    probe_accuracy: float | None = None
+    """Share of samples whose label a linear probe on the pooled embedding names."""
 
 
 class ActivationSummary(StrictModel):
@@ -48,18 +50,43 @@ class ActivationSummary(StrictModel):
     abs_max: float
 
 
-class LayerProfile(StrictModel):
-    """What skipping one layer costs."""
+class AblationEffect(StrictModel):
+    """What one intervention on one layer costs; measured on the samples of a profile's second pass."""
 
-    layer: int = Field(ge=0)
     delta_nll: float
     """Nats per scored token (or the metric named by the profile)."""
     ci95: tuple[float, float]
     """Paired bootstrap interval of `delta_nll`."""
+    kl_nats: float | None
+    """KL(clean || ablated) per scored token (or label); None where there is no distribution."""
+
+
+class LayerProfile(StrictModel):
+    """What ablating one layer costs."""
+
+    layer: int = Field(ge=0)
+    delta_nll: float
+    """Of skipping the layer: nats per scored token (or the metric named by the profile)."""
+    ci95: tuple[float, float]
+    """Paired bootstrap interval of `delta_nll`."""
     accuracy_drop: float | None
+    """Of skipping the layer; how a sample is judged says the profile's `accuracy_by`."""
     activation: ActivationSummary
     intrinsic_dim: float
     """Number of principal components that hold 95 % of the output's variance."""
+    participation_ratio: float | None = None
+    effective_rank: float | None = None
+    kl_nats: float | None = None
+    """KL(clean || skipped) per scored token (or label); None where there is no distribution."""
+    accuracy_drop_ci95: tuple[float, float] | None = None
+    cosine_drop: float | None = None
+    """Of skipping the layer, in an encoder: 1 - cosine of the pooled embedding with the clean one."""
+    probe_accuracy_drop: float | None = None
+    """Of skipping the layer: how many labels less a linear probe on the pooled embedding names."""
+    mean_ablation: AblationEffect | None = None
+    """The layer's update is replaced by its mean over the data."""
+    noise_ablation: AblationEffect | None = None
+    """The layer's update is replaced by Gaussian noise of the same root mean square."""
 
 
 class CriticalLayer(StrictModel):
@@ -67,6 +94,17 @@ class CriticalLayer(StrictModel):
 
     layer: int = Field(ge=0)
     weight: float = Field(gt=0, le=1)
+    reconstruction: AblationEffect | None = None
+    """The causal check: the layer's output is replaced by its projection onto the `intrinsic_dim` first principal components. A KL
+    near 0 says that what the layer is needed for lies in them."""
+
+
+class LayerEffect(StrictModel):
+    """What skipping one layer costs on the rows of one capability."""
+
+    layer: int = Field(ge=0)
+    delta_nll: float
+    ci95: tuple[float, float]
 
 
 class NIWTProfile(StrictModel):
@@ -86,6 +124,19 @@ class NIWTProfile(StrictModel):
     speedup_over_sequential: float | None = None
     partial: bool = False
     note: str | None = None
+    accuracy_by: Literal["verification", "generation", "label"] | None = None
+    """How a sample is judged. Verification: every scored token is the argmax given those before it, which is what greedy decoding
+    would answer. Generation: the answer found in the greedy completion. Label: the most probable class."""
+    num_confirmed: int = Field(0, ge=0)
+    """Samples of the second pass, which measures mean and noise ablation, the causal check, the probe and generated answers."""
+    critical_stability: float | None = None
+    """Share of bootstrap resamples with the same critical layers."""
+    stopped_early: bool = False
+    """Whether sampling ended before its limit, because the critical layers were stable at 95 %."""
+    tensors: str | None = None
+    """File beside this one with the critical layers' statistics per dimension and their principal components."""
+    capabilities: dict[str, tuple[LayerEffect, ...]] = {}
+    """The layers' effects on each capability's rows alone, where a teacher has several."""
 
 
 # --- metrics.json -------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexus.artifacts import StrictModel, fingerprint_of
 from nexus.errors import ConfigError
@@ -29,6 +29,12 @@ TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
 
 
+class ConfigSection(StrictModel):
+    """Base of the sections: numbers are finite, so that no comparison with a bound passes or fails by being NaN."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 def resolve_path(text: str) -> Path:
     """The file or folder that a path of the configuration means."""
     if text.startswith(SAMPLES_PREFIX):
@@ -39,7 +45,7 @@ def resolve_path(text: str) -> Path:
 # --- teachers -----------------------------------------------------------------------------------------------------------------
 
 
-class _TeacherBase(StrictModel):
+class _TeacherBase(ConfigSection):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the teacher in this run; its actor is `teacher:<id>`."""
     capabilities: tuple[str, ...] = Field(min_length=1)
@@ -85,7 +91,7 @@ TeacherConfig = Annotated[Union[RegistryTeacher, PathTeacher, HubTeacher], Field
 # --- data ---------------------------------------------------------------------------------------------------------------------
 
 
-class DataConfig(StrictModel):
+class DataConfig(ConfigSection):
     """One capability: its rows, how an answer is scored, and which student towers its rows need."""
 
     capability: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -110,7 +116,7 @@ class DataConfig(StrictModel):
     snr_db: float | None = None
     """Noise added to audio at load, as signal-to-noise ratio; None adds none."""
     keywords: tuple[str, ...] = ()
-    """Words that send a row to `towers` when the router is unsure."""
+    """Words that send a row to the first of `towers` when the router is unsure."""
 
     @model_validator(mode="after")
     def _keywords_need_a_tower(self) -> DataConfig:
@@ -119,7 +125,7 @@ class DataConfig(StrictModel):
         return self
 
 
-class QuarantineConfig(StrictModel):
+class QuarantineConfig(ConfigSection):
     """What happens to rows that cannot be read."""
 
     max_bad_share: float = Field(0.01, ge=0, le=1)
@@ -129,7 +135,7 @@ class QuarantineConfig(StrictModel):
 # --- student ------------------------------------------------------------------------------------------------------------------
 
 
-class StudentConfig(StrictModel):
+class StudentConfig(ConfigSection):
     """The student: a preset of configs/student and the tokenizer it speaks."""
 
     preset: str = "quickstart"
@@ -143,22 +149,31 @@ class StudentConfig(StrictModel):
 # --- stages -------------------------------------------------------------------------------------------------------------------
 
 
-class ProfileConfig(StrictModel):
+class ProfileConfig(ConfigSection):
     """NIWT layer profiling."""
 
     max_samples: int = Field(256, gt=0)
+    """Rows of each capability at most."""
+    min_samples: int = Field(64, gt=0)
+    """Rows of each capability (at most max_samples) before the critical layers are first looked at; sampling of a teacher ends when
+    they are stable at 95 %, checked again at twice, four times, ... as many."""
+    confirm_samples: int = Field(32, ge=0)
+    """Rows of each teacher that are measured again with mean and noise ablation, the causal check and, where the answer is only a
+    part of the completion, generated answers; 0 measures none."""
+    budget_seconds: float | None = Field(None, gt=0)
+    """No further rows are begun after so long, once every teacher has some; the profiles are then marked partial."""
     batch_size: int = Field(32, gt=0)
     strategy: Literal["auto", "brute", "prefix", "triangular"] = "auto"
 
 
-class ExtractConfig(StrictModel):
+class ExtractConfig(ConfigSection):
     """Feature extraction: the teachers' answers to the unlabelled prompts, written once to Parquet."""
 
     batch_size: int = Field(128, gt=0)
     rows_per_file: int = Field(2048, gt=0)
 
 
-class RecoverySection(StrictModel):
+class RecoverySection(ConfigSection):
     """Loss-spike detection and rollback."""
 
     snapshot_every: int = Field(50, gt=0)
@@ -167,7 +182,7 @@ class RecoverySection(StrictModel):
     """Rollbacks allowed in 1,000 steps before the run stops with its last good state."""
 
 
-class VarianceSection(StrictModel):
+class VarianceSection(ConfigSection):
     """The variance penalty across teachers (V-REx with importance weights)."""
 
     mode: Literal["variance", "std"] = "variance"
@@ -176,7 +191,7 @@ class VarianceSection(StrictModel):
     warmup_steps: int = Field(32, gt=0)
 
 
-class SurgerySection(StrictModel):
+class SurgerySection(ConfigSection):
     """Projection of conflicting teacher gradients on the adapters' and trunk's parameters."""
 
     method: Literal["none", "upgrad", "pcgrad"] = "none"
@@ -190,10 +205,12 @@ class SurgerySection(StrictModel):
         return self
 
 
-class DistillConfig(StrictModel):
+class DistillConfig(ConfigSection):
     """The distillation loop."""
 
     steps: int = Field(gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -234,7 +251,7 @@ class DistillConfig(StrictModel):
         return self
 
 
-class RouterConfig(StrictModel):
+class RouterConfig(ConfigSection):
     """Training of the sparse intent router on the frozen student's embedding."""
 
     steps: int = Field(300, gt=0)
@@ -246,7 +263,7 @@ class RouterConfig(StrictModel):
     """Largest risk of a wrong confident decision that the threshold admits, at 95 % confidence."""
 
 
-class EvaluateConfig(StrictModel):
+class EvaluateConfig(ConfigSection):
     """Held-out evaluation."""
 
     max_rows: int = Field(500, gt=0)
@@ -256,7 +273,7 @@ class EvaluateConfig(StrictModel):
     """Rows of each capability that the report shows side by side."""
 
 
-class ClusterConfig(StrictModel):
+class ClusterConfig(ConfigSection):
     """The local Ray instance that is started when no cluster is joined."""
 
     num_cpus: int = Field(4, gt=1)
@@ -266,7 +283,7 @@ class ClusterConfig(StrictModel):
     """Threads of each actor's tensor operations."""
 
 
-class RunConfig(StrictModel):
+class RunConfig(ConfigSection):
     """One run, from Parquet to report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -339,14 +356,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         raise ConfigError(f"Expected a configuration at {path}, found no such file. `nexus init` writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Expected a readable YAML file at {path}, found: {error}.") from None
+        raise ConfigError(
+            f"Expected a readable YAML file at {path}, found: {error}. Correct --config, or save the file as UTF-8."
+        ) from None
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
         problem = getattr(error, "problem", None) or "a syntax error"
         raise ConfigError(f"Expected YAML in {path}, found {problem}{where}. Mend that line.") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"Expected a mapping at the top of {path}, found {type(document).__name__}.")
+        raise ConfigError(
+            f"Expected a mapping at the top of {path}, found {type(document).__name__}. `nexus init` writes one."
+        )
     for override in overrides:
         _apply_override(document, override)
     return parse_config(document, source=str(path))
@@ -364,7 +385,7 @@ def parse_config(document: dict[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(error))) from None
     except TypeError as error:
-        raise ConfigError(f"{source}: expected plain YAML values, found {error}.") from None
+        raise ConfigError(f"{source}: expected plain YAML values, found: {error}. Quote dates and times.") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -393,7 +414,9 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise ConfigError(f"--set {override!r}: expected a section above {last!r}, found the value {place!r}.")
+        raise ConfigError(
+            f"--set {override!r}: expected a section above {last!r}, found the value {place!r}. Correct the key."
+        )
 
 
 def _descend(place: Any, part: str, path: str, override: str) -> Any:
@@ -403,7 +426,9 @@ def _descend(place: Any, part: str, path: str, override: str) -> Any:
         if place.get(part) is None:
             place[part] = {}
         return place[part]
-    raise ConfigError(f"--set {override!r}: expected a section at {path!r}, found the value {place!r}.")
+    raise ConfigError(
+        f"--set {override!r}: expected a section at {path!r}, found the value {place!r}. Correct the key."
+    )
 
 
 def _index(items: list[Any], part: str, path: str, override: str) -> int:
@@ -414,29 +439,83 @@ def _index(items: list[Any], part: str, path: str, override: str) -> int:
         return int(part)
     known = [name for name in names if name]
     raise ConfigError(
-        f"--set {override!r}: expected an index below {len(items)} or one of {', '.join(known)} at {path!r}, found {part!r}."
+        f"--set {override!r}: expected an index below {len(items)} or one of {', '.join(known)} at {path!r}, found {part!r}. "
+        "Correct the key."
     )
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    """One clause per mistake: where, what was found, what is known."""
-    places = [item["loc"] for item in error.errors()]
-    for item in error.errors():
+    """One clause per mistake: where, what was expected, what was found, what to do."""
+    mistakes = error.errors()
+    places = [item["loc"] for item in mistakes]
+    for item in mistakes:
         if item["type"] == "too_short" and any(place[: len(item["loc"])] == item["loc"] != place for place in places):
             continue  # its items were there, and each bad one is named by itself
-        place = ".".join(
-            str(part) for part in item["loc"] if part not in ("registry", "path", "hub") or part == item["loc"][-1]
-        )
+        place = ".".join(str(part) for part in item["loc"] if part not in _TEACHER_KINDS or part == item["loc"][-1])
+        context = item.get("ctx", {})
         if item["type"] == "extra_forbidden":
             *_, name = item["loc"]
             known = _fields_at(RunConfig, item["loc"][:-1])
-            yield f"unknown key {place!r}{_nearest(str(name), known)} (known here: {', '.join(known)})"
+            yield f"unknown key {place!r}{_nearest(str(name), known)} (known here: {', '.join(known)}); correct or remove it"
         elif item["type"] == "missing":
-            yield f"key {place!r} is missing"
+            yield f"key {place!r} is missing; add it"
         elif item["type"] == "value_error":
-            yield f"{place + ': ' if place else ''}{item['ctx']['error']}"
+            yield f"{place + ': ' if place else ''}{context['error']}"
+        elif item["type"] == "union_tag_invalid":
+            kinds = list(_TEACHER_KINDS)
+            kind = str(context["tag"])
+            yield (
+                f"expected one of {', '.join(kinds)} at '{place}.kind', found {kind!r}{_nearest(kind, kinds)}; correct it"
+            )
+        elif item["type"] == "union_tag_not_found":
+            yield f"key '{place}.kind' is missing; add it with one of {', '.join(_TEACHER_KINDS)}"
         else:
-            yield f"{place!r}: {item['msg']}, found {item['input']!r}"
+            yield f"expected {_wanted(item)} at {place!r}, found {_shown(item['input'])}; {_remedy(item)}"
+
+
+_YAML_NOUNS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "model": "a section of keys and values",
+    "model_attributes": "a section of keys and values",
+}
+"""What pydantic's types, such as `int_type`, are called in YAML."""
+_MAX_SHOWN = 60
+"""Characters of a wrong value that a message repeats: enough to find it, and one line stays one line."""
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    """What the schema demands, in the words of a YAML file."""
+    noun = _YAML_NOUNS.get(str(item["type"]).removesuffix("_type"))
+    if noun is not None:
+        return noun
+    if item["type"] == "string_pattern_mismatch":
+        return f"text that matches {item['ctx']['pattern']}"
+    if item["type"] == "too_short":
+        return f"at least {item['ctx']['min_length']} item"
+    return str(item["msg"]).removeprefix("Input should be ")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+def _remedy(item: Mapping[str, Any]) -> str:
+    """What to do about a value of a wrong type or outside its bounds."""
+    if isinstance(item["input"], str):
+        if item["type"] == "float_type":
+            return "write it without quotes and with a dot, as 1.0e-4 (YAML takes 1e-4 for text)"
+        if item["type"] == "int_type":
+            return "write it without quotes"
+        if item["type"] == "tuple_type":
+            return f"write [{item['input']}]"
+    if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
+        return "quote it"
+    return "correct it"
 
 
 _TEACHER_KINDS: dict[str, type[BaseModel]] = {"registry": RegistryTeacher, "path": PathTeacher, "hub": HubTeacher}

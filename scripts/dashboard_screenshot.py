@@ -122,7 +122,7 @@ async def _take(browser: str, dashboard: str, out: Path, folder: Path) -> None:
         await page.call("Input.insertText", {"text": "Actor("})
         await page.shows(*ACTORS, *REPRS, "ALIVE x 2")
         await page.picture(out / "dashboard-actors.png")
-    limit = time.monotonic() + TIMEOUT_S
+    limit = time.monotonic() + 3 * TIMEOUT_S
     while not (status := jobs.get_job_status(job)).is_terminal():
         if time.monotonic() > limit:
             jobs.stop_job(job)

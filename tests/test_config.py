@@ -77,7 +77,38 @@ def test_every_mistake_is_named_not_only_the_first():
 def test_values_are_not_coerced():
     document = _document()
     document["distill"]["steps"] = "100"
-    assert "valid integer" in _error(document)
+    assert "expected a whole number at 'distill.steps', found '100'; write it without quotes" in _error(document)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.steps=1.5", "expected a whole number at 'distill.steps', found 1.5; correct it"),
+        ("distill.steps=0", "expected greater than 0 at 'distill.steps', found 0; correct it"),
+        ("distill.learning_rate=1e-4", "found '1e-4'; write it without quotes and with a dot, as 1.0e-4"),
+        ("distill.learning_rate=.inf", "expected a finite number at 'distill.learning_rate', found inf; correct it"),
+        (
+            "distill.surgery.method=foo",
+            "expected 'none', 'upgrad' or 'pcgrad' at 'distill.surgery.method', found 'foo'",
+        ),
+        ("distill.labels_only=1", "expected true or false at 'distill.labels_only', found 1; correct it"),
+        ("distill=5", "expected a section of keys and values at 'distill', found 5; correct it"),
+        ("distill=null", "expected a section of keys and values at 'distill', found None; correct it"),
+        ("data.code.pool=x.csv", "expected a list at 'data.1.pool', found 'x.csv'; write [x.csv]"),
+        ("data.code.pool=[]", "expected at least 1 item at 'data.1.pool', found []; correct it"),
+        ("teachers=5", "expected a list at 'teachers', found 5; correct it"),
+        ("teachers=[]", "expected at least 1 item at 'teachers', found []; correct it"),
+        ("teachers.0.kind=regisry", "at 'teachers.0.kind', found 'regisry', did you mean 'registry'?; correct it"),
+        ("teachers.0={}", "key 'teachers.0.kind' is missing; add it with one of registry, path, hub"),
+        ("name=5", "expected text at 'name', found 5; quote it"),
+        ("name=a b", "expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$ at 'name', found 'a b'; correct it"),
+        (f"seed={'9' * 90}x", f"found '{'9' * 56}...; write it without quotes"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_answered_with_expected_found_and_remedy(override, words):
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml: ") as caught:
+        load_config(QUICKSTART, [override])
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +123,7 @@ def test_values_are_not_coerced():
         (lambda d: d["distill"].update(surgery={"every": 5}), "every has no effect"),
         (lambda d: d["distill"].update(steps=20), "expected warmup_steps below steps, found 20 and 20"),
         (lambda d: d["teachers"][0].update(kind="pth"), "pth"),
-        (lambda d: d.pop("distill"), "'distill' is missing"),
+        (lambda d: d.pop("distill"), "'distill' is missing; add it"),
     ],
 )
 def test_contradictions_are_refused_in_words(change, words):

@@ -36,7 +36,6 @@ SAMPLE_MAKERS = ROOT / "nexus" / "data" / "samples"
 USED_WITHOUT_IMPORT = {
     "accelerate": "transformers places quantised weights through it",
     "pandas": "Ray Data converts batches and writes Parquet through it",
-    "tokenizers": "the tokenizer.json of teachers and bundles is read by it, inside transformers",
 }
 
 

@@ -24,6 +24,7 @@ from pydantic import ConfigDict
 
 import nexus
 from nexus.artifacts import (
+    LayerEffect,
     LayerProfile,
     Metrics,
     NIWTProfile,
@@ -268,9 +269,19 @@ class _HeatCell:
 
 
 @dataclass(frozen=True)
+class _CapabilityRow:
+    """One capability of a teacher that has several."""
+
+    capability: str
+    cells: tuple[tuple[LayerEffect, float], ...]
+    """Effects and their heat, the share of the teacher's largest effect on this capability."""
+
+
+@dataclass(frozen=True)
 class _HeatRow:
     profile: NIWTProfile
     cells: tuple[_HeatCell, ...]
+    capabilities: tuple[_CapabilityRow, ...]
 
 
 @dataclass(frozen=True)
@@ -432,19 +443,25 @@ def _training(data: ReportData) -> _Training | None:
 
 
 def _heat_row(profile: NIWTProfile) -> _HeatRow:
-    largest = max((layer.delta_nll for layer in profile.layers), default=0.0)
+    heats = _heats(profile.layers)
     weights = {layer.layer: layer.weight for layer in profile.critical_layers}
     return _HeatRow(
         profile=profile,
         cells=tuple(
-            _HeatCell(
-                layer=layer,
-                heat=round(max(layer.delta_nll, 0.0) / largest, 3) if largest > 0 else 0.0,
-                critical_weight=weights.get(layer.layer),
-            )
-            for layer in profile.layers
+            _HeatCell(layer=layer, heat=heat, critical_weight=weights.get(layer.layer))
+            for layer, heat in zip(profile.layers, heats, strict=True)
+        ),
+        capabilities=tuple(
+            _CapabilityRow(capability, tuple(zip(effects, _heats(effects), strict=True)))
+            for capability, effects in profile.capabilities.items()
         ),
     )
+
+
+def _heats(layers: Sequence[LayerProfile] | Sequence[LayerEffect]) -> list[float]:
+    """Each layer's effect as a share of the largest, 0 where it does no harm."""
+    largest = max((layer.delta_nll for layer in layers), default=0.0)
+    return [round(max(layer.delta_nll, 0.0) / largest, 3) if largest > 0 else 0.0 for layer in layers]
 
 
 def _confusion(router: RouterMetrics) -> _Confusion:

@@ -6,7 +6,7 @@ that a model is trained on are those that it meets when it generates. Shape lett
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +110,23 @@ def check_length(row: TokenisedRow, max_length: int) -> None:
             f"expected 1 to {max_length} tokens, found {len(row)} "
             f"({len(row.prompt_ids)} of the prompt, {len(row.completion_ids)} of the completion) in row {row.record.id!r}"
         )
+
+
+def length_check(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, *, answers: Sequence[str] | None = None
+) -> Callable[[Record], None]:
+    """A check that raises RowError for a record that `collate` would refuse with the same `max_length`.
+
+    Args:
+        answers: one of these stands in place of the record's completion; the longest has to fit.
+    """
+    longest = None if not answers else max(answers, key=lambda text: len(_encode([text], tokenizer, start=False)[0]))
+
+    def check(record: Record) -> None:
+        completions = None if longest is None else [longest]
+        check_length(tokenise_rows([record], tokenizer, completions=completions)[0], max_length)
+
+    return check
 
 
 def pad_rows(

@@ -124,8 +124,7 @@ class RecordBatches:
     """An endless stream of shuffled record batches: each epoch gives every usable row once.
 
     Batches always have `batch_size` rows; one that reaches the end of an epoch is filled from the next, so that a set smaller than a
-    batch repeats rows within it. Rows of one batch have texts of similar length, so that little of it will be padding; characters
-    stand for tokens, since teachers and student cut texts differently.
+    batch repeats rows within it.
 
     Args:
         seed: order of the rows; equal seeds give equal streams.
@@ -151,7 +150,7 @@ class RecordBatches:
         source = _RowSource(paths, capability=capability, quarantine=quarantine)
         settings = {"seed": seed, "batch_size": batch_size, "buffer_rows": buffer_rows}
         self._stream = _WindowStream[Record, Record](
-            source, _RecordPlan(batch_size), seed=seed, window_rows=buffer_rows, multiple=1, settings=settings
+            source, _RecordPlan(), seed=seed, window_rows=buffer_rows, multiple=1, settings=settings
         )
 
     @property
@@ -281,15 +280,12 @@ class _Plan(Protocol[ItemT, UnitT]):
     def num_bytes(self, item: ItemT) -> int:
         """About what an item holds in memory."""
 
-    def arrange(self, items: list[ItemT], rng: np.random.Generator | None, carried: int) -> Sequence[UnitT]:
-        """The units of a window, in the order in which they are given out; earlier windows gave `carried` units, over all epochs."""
+    def arrange(self, items: list[ItemT], rng: np.random.Generator | None) -> Sequence[UnitT]:
+        """The units of a window, in the order in which they are given out."""
 
 
 class _RecordPlan:
-    """Units are records. Those that will make a batch together have texts of similar length; batches are permuted."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    """Units are records, permuted."""
 
     def admit(self, records: Sequence[Record]) -> list[Record]:
         return list(records)
@@ -297,21 +293,8 @@ class _RecordPlan:
     def num_bytes(self, item: Record) -> int:
         return _record_bytes(item)
 
-    def arrange(self, items: list[Record], rng: np.random.Generator | None, carried: int) -> Sequence[Record]:
-        if rng is None:
-            return items
-        order = rng.permutation(len(items))
-        # The window before may have left a batch begun, and this one may do so again: both parts are drawn at random, since what
-        # lies at the other side of the border is not known.
-        first = min(-carried % self._batch_size, len(items))
-        last = (len(items) - first) % self._batch_size
-        inner = order[first : len(items) - last]
-        lengths = np.array(
-            [len(items[index].prompt) + len(items[index].completion or "") for index in inner], dtype=np.int64
-        )
-        batches = inner[np.argsort(lengths, kind="stable")].reshape(-1, self._batch_size)
-        inner = batches[rng.permutation(len(batches))].reshape(-1)
-        return [items[index] for index in (*order[:first], *inner, *order[len(items) - last :])]
+    def arrange(self, items: list[Record], rng: np.random.Generator | None) -> Sequence[Record]:
+        return items if rng is None else [items[index] for index in rng.permutation(len(items))]
 
 
 class _TokenPlan:
@@ -341,9 +324,7 @@ class _TokenPlan:
     def num_bytes(self, item: TokenisedRow) -> int:
         return _record_bytes(item.record) + item.prompt_ids.nbytes + item.completion_ids.nbytes
 
-    def arrange(
-        self, items: list[TokenisedRow], rng: np.random.Generator | None, carried: int
-    ) -> Sequence[tuple[TokenisedRow, ...]]:
+    def arrange(self, items: list[TokenisedRow], rng: np.random.Generator | None) -> Sequence[tuple[TokenisedRow, ...]]:
         lengths = np.array([len(row) for row in items])
         ties = np.arange(len(items)) if rng is None else rng.permutation(len(items))
         rows = [items[index] for index in np.lexsort((ties, lengths))]
@@ -382,8 +363,6 @@ class _Place:
     """Where the window began."""
     taken: int = 0
     """Units of the window that were given out."""
-    carried: int = 0
-    """Units of all windows before it."""
 
 
 class _WindowStream(Generic[ItemT, UnitT]):
@@ -428,14 +407,14 @@ class _WindowStream(Generic[ItemT, UnitT]):
         """The next unit; None once at the end of each epoch."""
         units = self._window()
         if units and self._at.taken >= len(units):
-            self._at = _Place(self._at.epoch, self._at.window + 1, self._end, carried=self._at.carried + len(units))
+            self._at = _Place(self._at.epoch, self._at.window + 1, self._end)
             del units  # let go of the old window before the next is held
             self._units = None
             units = self._window()
         if not units:
             if self._at.window == 0:
                 raise self._source.nothing_usable()
-            self._go_to(_Place(self._at.epoch + 1, carried=self._at.carried))
+            self._go_to(_Place(self._at.epoch + 1))
             return None
         self._at = replace(self._at, taken=self._at.taken + 1)
         return units[self._at.taken - 1]
@@ -450,14 +429,13 @@ class _WindowStream(Generic[ItemT, UnitT]):
             "row": start.position.row,
             "offset": start.position.offset,
             "taken": self._at.taken,
-            "carried": self._at.carried,
             "settings": deepcopy(self._settings),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where `state` was taken; refuses the state of other files or settings."""
-        epoch, window, file, row, offset, taken, carried = (
-            _count_in(state, name) for name in ("epoch", "window", "file", "row", "offset", "taken", "carried")
+        epoch, window, file, row, offset, taken = (
+            _count_in(state, name) for name in ("epoch", "window", "file", "row", "offset", "taken")
         )
         saved = state.get("settings")
         for name, ours in self._settings.items():
@@ -467,7 +445,7 @@ class _WindowStream(Generic[ItemT, UnitT]):
                     f"Expected a loader state with {name} {ours}, found {theirs}. "
                     "Restore what it was taken with, or start without this state."
                 )
-        self._go_to(_Place(epoch, window, _Cursor(file, _Position(row, offset)), taken, carried))
+        self._go_to(_Place(epoch, window, _Cursor(file, _Position(row, offset)), taken))
 
     def _go_to(self, place: _Place) -> None:
         self._at = place
@@ -483,7 +461,7 @@ class _WindowStream(Generic[ItemT, UnitT]):
                 self._steps = None  # they are ahead of the window now; another try has to begin where it began
                 raise
             rng = None if self._seed is None else np.random.default_rng([self._seed, self._at.epoch, self._at.window])
-            self._units = self._plan.arrange(items, rng, self._at.carried)
+            self._units = self._plan.arrange(items, rng)
         return self._units
 
     def _fill(self) -> tuple[list[ItemT], _Cursor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.signal import resample_poly
 
 from nexus.data.quarantine import Quarantine
-from nexus.data.records import Media, Record
+from nexus.data.records import Media, Record, RowError
 from nexus.errors import DataError
 
 if TYPE_CHECKING:
@@ -116,39 +116,51 @@ def check_media(media: Media) -> None:
         decode_audio(read_media(media), None)
 
 
-def decodable(records: Iterable[Record], quarantine: Quarantine) -> Iterator[Record]:
-    """The records whose media can be decoded, and those without media; the others go to the quarantine with the reason."""
+def usable(
+    records: Iterable[Record], quarantine: Quarantine, check: Callable[[Record], None] | None = None
+) -> Iterator[Record]:
+    """The records whose media, if any, can be decoded and that `check` lets pass; the others go to the quarantine with the reason.
+
+    Args:
+        check: raises DataError or RowError for a row that cannot be used, such as one that is too long.
+    """
     for record in records:
         try:
             if record.media is not None:
                 check_media(record.media)
-        except DataError as error:
+            if check is not None:
+                check(record)
+        except (DataError, RowError) as error:
             quarantine.add_record(record, str(error))
         else:
             yield record
 
 
-class DecodableBatches:
-    """Batches of another stream without the rows whose media cannot be decoded; such a batch is smaller.
+class UsableBatches:
+    """Batches of another stream without the rows that cannot be used (see `usable`); such a batch is smaller.
 
-    Media are decoded in the stream's first epoch. Later ones, also of a process that continues the run, leave out what stands in
+    Rows are looked at in the stream's first epoch. Later ones, also of a process that continues the run, leave out what stands in
     the quarantine.
 
     Args:
         stream: batches of records that were read with the same `quarantine`.
+        check: as of `usable`.
     """
 
-    def __init__(self, stream: RecordBatches, quarantine: Quarantine) -> None:
+    def __init__(
+        self, stream: RecordBatches, quarantine: Quarantine, check: Callable[[Record], None] | None = None
+    ) -> None:
         self._stream = stream
         self._quarantine = quarantine
+        self._check = check
 
     def next_batch(self) -> tuple[Record, ...]:
         """The next batch; smaller where rows were left out."""
         first_epoch = self._stream.epoch == 0
         batch = self._stream.next_batch()
         if first_epoch:
-            return tuple(decodable(batch, self._quarantine))
-        return tuple(record for record in batch if record.media is None or not self._quarantine.knows(record))
+            return tuple(usable(batch, self._quarantine, self._check))
+        return tuple(record for record in batch if not self._quarantine.knows(record))
 
     def state_dict(self) -> dict[str, object]:
         """Where the stream stands, as JSON values."""

@@ -2,8 +2,9 @@
 
 `quarantine/<input file name>.jsonl` gets one `{"file", "row", "reason"}` object per bad row, appended and flushed at once, so that
 a crash loses nothing. Files are read once per epoch and by several processes; a row that already stands there is not written
-again. Counts are those of this process: they describe the data as they are now, not as they were when an older run of the
-same folder met them. Memory grows with the number of bad rows only.
+again, however its file is spelt (`data/x.csv`, `./data/x.csv`, an absolute path, a link). Counts are those of this process: they
+describe the data as they are now, not as they were when an older run of the same folder met them. Memory grows with the number of
+bad rows only.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class Quarantine:
         self.directory = directory
         self.max_bad_share = max_bad_share
         self._bad: dict[str, array[int]] = {}
+        """Rows of each file, by its place."""
         self._first_reason: dict[str, str] = {}
+        self._spelling: dict[str, str] = {}
+        """Place -> how the file was called when its first bad row was met."""
+        self._places = _Places()
         self._logs: dict[Path, _Log] = {}
         self._earlier: set[tuple[str, int]] | None = None
         """Rows in the folder's files; read when first asked for."""
@@ -59,17 +64,19 @@ class Quarantine:
         Raises:
             ArtifactError: when the disk refuses.
         """
-        key = str(file)
+        name = str(file)
+        key = self._places[name]
         rows = self._bad.setdefault(key, array("q"))
-        place = bisect_left(rows, row)
-        if place < len(rows) and rows[place] == row:
+        index = bisect_left(rows, row)
+        if index < len(rows) and rows[index] == row:
             return
-        rows.insert(place, row)
+        rows.insert(index, row)
+        self._spelling.setdefault(key, name)
         self._first_reason.setdefault(key, f"row {row}: {reason}")
-        logger.warning("quarantined row %d of %s: %s", row, key, reason)
+        logger.warning("quarantined row %d of %s: %s", row, name, reason)
         if self.directory is not None:
-            path = self.directory / f"{Path(key).name}.jsonl"
-            self._logs.setdefault(path, _Log(path)).append(QuarantinedRow(key, row, reason))
+            path = self.directory / f"{Path(name).name}.jsonl"
+            self._logs.setdefault(path, _Log(path)).append(QuarantinedRow(name, row, reason))
 
     def add_record(self, record: Record, reason: str) -> None:
         """Write down that a record turned out to be unusable later, for example when its media were decoded.
@@ -87,15 +94,16 @@ class Quarantine:
             return False
         if self._earlier is None:
             written = () if self.directory is None else read_quarantine(self.directory)
-            self._earlier = {(entry.file, entry.row) for entry in written}
-        rows = self._bad.get(record.source.file, ())
-        place = bisect_left(rows, record.source.row)
-        now = place < len(rows) and rows[place] == record.source.row
-        return now or (record.source.file, record.source.row) in self._earlier
+            self._earlier = {(self._places[entry.file], entry.row) for entry in written}
+        key = self._places[record.source.file]
+        rows = self._bad.get(key, ())
+        index = bisect_left(rows, record.source.row)
+        now = index < len(rows) and rows[index] == record.source.row
+        return now or (key, record.source.row) in self._earlier
 
     def counts(self) -> Mapping[str, int]:
         """Bad rows of each file that had any, as this process met them."""
-        return {file: len(rows) for file, rows in self._bad.items()}
+        return {self._spelling[key]: len(rows) for key, rows in self._bad.items()}
 
     def check(self, file: Path | str, rows_seen: int, *, final: bool = True) -> None:
         """Refuse `file` when more than `max_bad_share` of its first `rows_seen` rows are bad.
@@ -106,14 +114,15 @@ class Quarantine:
         Raises:
             DataError: naming the share, the first reason and what to do.
         """
-        rows = self._bad.get(str(file))
+        key = self._places[str(file)]
+        rows = self._bad.get(key)
         if rows is None or (not final and rows_seen < MIN_ROWS):
             return
         bad = bisect_right(rows, rows_seen)
         if bad > self.max_bad_share * rows_seen:
             raise DataError(
                 f"Expected at most {self.max_bad_share:.2%} bad rows in {file}, found {bad} of {rows_seen} "
-                f"({self._first_reason[str(file)]}). {self.remedy}"
+                f"({self._first_reason[key]}). {self.remedy}"
             )
 
     def first_reason(self) -> str | None:
@@ -129,12 +138,22 @@ class Quarantine:
 
 def read_quarantine(directory: Path) -> Iterator[QuarantinedRow]:
     """Every row in the quarantine files of `directory`, once, by file name; nothing when the folder is absent."""
+    places = _Places()
     for path in sorted(directory.glob("*.jsonl")):
         seen: set[tuple[str, int]] = set()
         for entry in _parse(path.read_bytes()):
-            if (entry.file, entry.row) not in seen:
-                seen.add((entry.file, entry.row))
+            row = (places[entry.file], entry.row)
+            if row not in seen:
+                seen.add(row)
                 yield entry
+
+
+class _Places(dict[str, str]):
+    """A file as it is spelt -> the absolute path without links, looked up once."""
+
+    def __missing__(self, name: str) -> str:
+        self[name] = str(Path(name).resolve())
+        return self[name]
 
 
 class _Log:
@@ -144,8 +163,11 @@ class _Log:
         self._path = path
         self._offset = 0
         self._known: dict[str, set[int]] = {}
+        """Rows in it, by the place of their file."""
+        self._places = _Places()
 
     def append(self, entry: QuarantinedRow) -> None:
+        key = self._places[entry.file]
         line = json.dumps({"file": entry.file, "row": entry.row, "reason": entry.reason}).encode() + b"\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,9 +175,9 @@ class _Log:
                 file.seek(self._offset)
                 unread = file.read()
                 for other in _parse(unread):
-                    self._known.setdefault(other.file, set()).add(other.row)
+                    self._known.setdefault(self._places[other.file], set()).add(other.row)
                 self._offset += len(unread)
-                if entry.row in self._known.get(entry.file, ()):
+                if entry.row in self._known.get(key, ()):
                     return
                 if unread and not unread.endswith(b"\n"):  # a process died in the middle of its line
                     line = b"\n" + line
@@ -165,7 +187,7 @@ class _Log:
             raise ArtifactError(
                 f"Expected to write {self._path}, found: {error.strerror or error}. Free disk space or choose another --out."
             ) from error
-        self._known.setdefault(entry.file, set()).add(entry.row)
+        self._known.setdefault(key, set()).add(entry.row)
 
 
 def _parse(data: bytes) -> Iterator[QuarantinedRow]:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from nexus.artifacts import ActivationSummary
 
+IMPORTANT_SHARE = 0.95
+"""Share of a layer's variance that its important dimensions hold; the share that counts principal components too."""
+
 
 @dataclass(frozen=True, eq=False)
 class ActivationMoments:
@@ -70,6 +73,18 @@ class ActivationMoments:
             abs_max_D=np.maximum(self.abs_max_D, other.abs_max_D),
         )
 
+    def per_dimension(self) -> dict[str, np.ndarray]:
+        """Return float32 [D] `mean`, `variance` (population), `kurtosis` (m4/m2^2; 0 where a dimension never varies), `abs_max`, and
+        the bool `importance_mask` of `important_dimensions`."""
+        variance_D = self.m2_D / self.count
+        squares_D = self.m2_D**2
+        kurtosis_D = np.divide(self.count * self.m4_D, squares_D, out=np.zeros_like(squares_D), where=squares_D > 0)
+        values = {"mean": self.mean_D, "variance": variance_D, "kurtosis": kurtosis_D, "abs_max": self.abs_max_D}
+        return {
+            **{name: value_D.astype(np.float32) for name, value_D in values.items()},
+            "importance_mask": important_dimensions(variance_D),
+        }
+
     def summary(self) -> ActivationSummary:
         """Return means over the hidden dimensions: of |x|, of the (population) variance and of the kurtosis m4/m2^2 (3 for a
         normal distribution; dimensions that never vary have none and are left out, 0 if none varies), and the largest |x|."""
@@ -81,3 +96,39 @@ class ActivationMoments:
             kurtosis=float(kurtosis.mean()) if len(kurtosis) else 0.0,
             abs_max=float(self.abs_max_D.max()),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class MeanUpdate:
+    """Sums from which the mean of what a block adds to its input follows; float64 [D]."""
+
+    count: int
+    sum_D: np.ndarray
+
+    @classmethod
+    def of(cls, updates_ND: Tensor) -> MeanUpdate:
+        """Return the sums of one chunk, N >= 1 rows of any float dtype."""
+        return cls(len(updates_ND), updates_ND.double().sum(dim=0).cpu().numpy())
+
+    def merge(self, other: MeanUpdate) -> MeanUpdate:
+        """Return the sums of both chunks together."""
+        return MeanUpdate(self.count + other.count, self.sum_D + other.sum_D)
+
+    @property
+    def mean_D(self) -> np.ndarray:
+        """The mean update, float64 [D]."""
+        return self.sum_D / self.count
+
+
+def important_dimensions(variance_D: np.ndarray, share: float = IMPORTANT_SHARE) -> np.ndarray:
+    """Return bool [D]: the fewest dimensions that hold `share` of the summed variance; none when nothing varies.
+
+    Variance and not magnitude, because a language model's largest activations are constants that say nothing about the input
+    (Sun et al. 2024, https://arxiv.org/abs/2402.17762).
+    """
+    order = np.argsort(-variance_D, kind="stable")
+    held = np.cumsum(variance_D[order])
+    mask_D = np.zeros(len(variance_D), dtype=bool)
+    if held[-1] > 0:
+        mask_D[order[: np.searchsorted(held, share * held[-1]) + 1]] = True
+    return mask_D

@@ -20,18 +20,16 @@ def with_room(layer: Any, max_rows: int, num_new: int) -> Any:
     they are: their own `reorder_cache` moves rows.
     """
     # Exact types: a subclass keeps more.
-    if type(layer) is DynamicLayer:
-        return RoomyLayer(layer.keys, layer.values, max_rows=max_rows, num_new=num_new, past=layer.get_seq_length())
-    if type(layer) is DynamicSlidingWindowLayer:
-        return RoomyLayer(
-            layer.keys,
-            layer.values,
-            max_rows=max_rows,
-            num_new=num_new,
-            past=layer.get_seq_length(),
-            sliding_window=layer.sliding_window,
-        )
-    return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return layer
+    return RoomyLayer(
+        layer.keys,
+        layer.values,
+        max_rows=max_rows,
+        num_new=num_new,
+        past=layer.get_seq_length(),
+        sliding_window=layer.sliding_window if layer.is_sliding else None,
+    )
 
 
 class RoomyLayer(CacheLayerMixin):
@@ -56,7 +54,7 @@ class RoomyLayer(CacheLayerMixin):
         past: int,
         sliding_window: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self.is_sliding = sliding_window is not None
         self._window = sliding_window

@@ -192,7 +192,8 @@ def stacked_generations(
             change = live.advance(next_R, alive_R)
             if change is not None:
                 keep_R, entries = change
-                for layer, entries_S in zip(decode.cache.layers, entries, strict=True):
+                layers: list[Any] = decode.cache.layers
+                for layer, entries_S in zip(layers, entries, strict=True):
                     layer.reorder_cache(entries_S.to(device))
                 decode.mask_RT = decode.mask_RT[keep_R.to(device)]
                 next_R, alive_R = next_R[keep_R], alive_R[keep_R]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,20 +24,40 @@ from transformers import PreTrainedModel
 
 from nexus.artifacts import NIWTProfile
 from nexus.errors import ProfilingError
-from nexus.profiling.activation import ActivationMoments
-from nexus.profiling.consolidation import BatchMeasurement, Metric, consolidate, merge_measurements
+from nexus.profiling.activation import ActivationMoments, MeanUpdate
+from nexus.profiling.batches import EncoderProfileBatch, ProfileBatch, concatenate_rows, rows_of, split_at
+from nexus.profiling.consolidation import (
+    BatchMeasurement,
+    ConfirmationMeasurement,
+    ConfirmationPlan,
+    Effects,
+    Metric,
+    consolidate,
+    merge_measurements,
+    plan_confirmation,
+    write_tensors,
+)
 from nexus.profiling.decoding import brute_generations, stacked_generations, stop_tokens, text_inputs
+from nexus.profiling.interventions import mean_update, noise, reconstruction
 from nexus.profiling.layers import find_blocks, undisturbed
 from nexus.profiling.perturbation import (
+    Intervention,
     Observer,
     OutputReader,
     SweepStrategy,
+    TokenReader,
+    kl_divergence,
     scorable_targets,
     scored_tokens,
+    skip_each,
+    sweep,
     sweep_skips,
-    token_reader,
 )
+from nexus.profiling.probe import ProbeStatistics
+from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
 from nexus.profiling.spectral import Comoment
+
+__all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,40 +72,14 @@ _WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
 # caches.
 _CPU_TOKENS = 4096
 
-# Is shown the index of a block and the clean outputs [N, D] of its real tokens.
-StatesObserver = Callable[[int, Tensor], None]
+# Is shown the index of a block and the clean inputs and outputs [N, D] of its real tokens.
+StatesObserver = Callable[[int, Tensor, Tensor], None]
+# Makes the interventions on some rows, given their range in the batch and their mask [B, T], if any.
+InterventionsOf = Callable[[slice, Tensor | None], Sequence[Intervention]]
 
-
-@dataclass(frozen=True, eq=False)
-class ProfileBatch:
-    """Tokenised samples: prompt and answer, padded on either side."""
-
-    sample_ids: Sequence[str]
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    loss_mask_BT: Tensor
-    """True at the *target tokens* to score (the answer); position 0 is never scored."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of samples."""
-        return len(self.input_ids_BT)
-
-
-@dataclass(frozen=True, eq=False)
-class EncoderProfileBatch:
-    """Inputs of an image, audio or text encoder."""
-
-    sample_ids: Sequence[str]
-    inputs: Mapping[str, Tensor]
-    """The model's keyword arguments, each with the batch in front."""
-    labels_B: Tensor | None
-    """int64 true classes. Without them a classifier is measured on its own decisions, and has no accuracy."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of samples."""
-        return len(next(iter(self.inputs.values())))
+CONFIRM_SAMPLES = 64
+"""Samples of the second pass, unless told otherwise: their intervals are twice as wide as those of four times as many, and they all
+stay in memory."""
 
 
 class NIWTProfiler:
@@ -154,7 +150,7 @@ class NIWTProfiler:
             num_cached=prompt_length + max_new_tokens,
         )
 
-        def run(part: list[Tensor]) -> Tensor:
+        def run(_: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT = _without_padding(part)
             return generate(self.model, self.stack, ids_BT, mask_BT, max_new_tokens, stop)
 
@@ -204,42 +200,144 @@ class NIWTProfiler:
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
         statistics = _LayerStatistics()
-        if isinstance(batch, ProfileBatch):
-            targets_BT = self._targets(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
-            _require_scored(targets_BT, sample_ids)
-            scores = self._score(batch.input_ids_BT, batch.attention_mask_BT, targets_BT, statistics)
-        else:
-            scores = self._score_encoder(batch, statistics)
+        scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
             metric=scores.metric,
             strategy=self._sweep_strategy(is_text=isinstance(batch, ProfileBatch)),
             sample_ids=sample_ids,
             token_counts_B=scores.counts_B.numpy(),
-            clean_nll_B=None if scores.clean_nll_B is None else scores.clean_nll_B.numpy(),
+            clean_nll_B=_numpy(scores.clean_nll_B),
             delta_LB=scores.delta_LB.numpy(),
-            correct_VB=None if scores.correct_VB is None else scores.correct_VB.numpy(),
+            kl_LB=_numpy(scores.kl_LB),
+            cosine_drop_LB=_numpy(scores.cosine_drop_LB),
+            correct_VB=_numpy(scores.correct_VB),
             moments_L=tuple(statistics.moments),
             comoments_L=tuple(statistics.comoments),
+            updates_L=tuple(statistics.updates),
+            probe=_probe_statistics(batch, scores),
         )
 
-    def profile(self, batches: Iterable[ProfileBatch | EncoderProfileBatch], *, seed: int = 0) -> NIWTProfile:
+    def confirm(self, batch: ProfileBatch | EncoderProfileBatch, plan: ConfirmationPlan) -> ConfirmationMeasurement:
+        """Return what the second pass says about one batch, to be given to `consolidate`.
+
+        Raises:
+            ProfilingError: as `delta_nll_per_sample`, naming samples.
+        """
+        sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
+        num_layers = len(self.stack)
+        # Only the probe needs to see the layers skipped once more.
+        skips = [] if plan.probe is None else skip_each(self.stack)
+
+        def interventions(rows: slice, mask_BT: Tensor | None) -> list[Intervention]:
+            noises = (noise(layer, sample_ids[rows], mask_BT, seed=plan.seed) for layer in range(num_layers))
+            return [
+                *skips,
+                *(Intervention(layer, mean_update(update_D)) for layer, update_D in enumerate(plan.mean_updates_LD)),
+                *(Intervention(layer, replace) for layer, replace in enumerate(noises)),
+                *(
+                    Intervention(layer, reconstruction(subspace))
+                    for layer, subspace in zip(plan.critical_layers, plan.subspaces, strict=True)
+                ),
+            ]
+
+        scores = self._scores_of(batch, sample_ids, interventions=interventions)
+
+        def effects(start: int, count: int) -> Effects:
+            chosen = slice(len(skips) + start, len(skips) + start + count)
+            return Effects(
+                scores.delta_LB[chosen].numpy(), None if scores.kl_LB is None else scores.kl_LB[chosen].numpy()
+            )
+
+        probe_correct_VB = None
+        if plan.probe is not None and isinstance(batch, EncoderProfileBatch):
+            assert scores.embeddings_VBE is not None
+            assert batch.labels_B is not None
+            embeddings_VBE = scores.embeddings_VBE[: num_layers + 1].numpy()
+            probe_correct_VB = plan.probe.correct(embeddings_VBE, batch.labels_B.cpu().numpy())
+        return ConfirmationMeasurement(
+            sample_ids=sample_ids,
+            token_counts_B=scores.counts_B.numpy(),
+            mean_ablation=effects(0, num_layers),
+            noise_ablation=effects(num_layers, num_layers),
+            reconstruction=effects(2 * num_layers, len(plan.critical_layers)),
+            probe_correct_VB=probe_correct_VB,
+            generated_correct_VB=None,
+        )
+
+    def profile(
+        self,
+        batches: Iterable[ProfileBatch | EncoderProfileBatch],
+        *,
+        seed: int = 0,
+        sampling: SamplingPlan | None = None,
+        confirm_samples: int = CONFIRM_SAMPLES,
+        tensors_path: Path | None = None,
+    ) -> NIWTProfile:
         """Return the profile over all batches, streamed: memory does not grow with their number beyond a few floats per sample.
+
+        Args:
+            seed: of the bootstrap and of the noise.
+            sampling: ends the stream early; None reads all of it. Batches are cut at the plan's counts, so that their sizes do not
+                change where it ends.
+            confirm_samples: rows kept for the second pass (mean and noise ablation, causal check, probe); 0 leaves it out.
+            tensors_path: where to write the critical layers' statistics per dimension and principal components (`write_tensors`).
 
         Raises:
             ProfilingError: as `measure`; or there is no batch.
         """
         start = time.monotonic()
         merged: list[BatchMeasurement] = []
-        for batch in batches:
+        kept: Reservoir[ProfileBatch | EncoderProfileBatch] = Reservoir(confirm_samples)
+        looks = () if sampling is None else sampling.look_counts
+        num_samples, stopped_early, note = 0, False, None
+        for batch in _cut_at(batches, looks):
+            budget = None if sampling is None else sampling.budget_seconds
+            if merged and budget is not None and time.monotonic() - start >= budget:
+                note = budget_note(num_samples, budget)
+                break
             # Folded at once: one covariance per layer is kept, not one per batch.
             merged = [merge_measurements([*merged, self.measure(batch)])]
+            num_samples += batch.num_rows
+            if confirm_samples:
+                rows = [rows_of(batch, slice(row, row + 1)) for row in range(batch.num_rows)]
+                kept.offer([str(sample_id) for sample_id in batch.sample_ids], rows)
+            if sampling is not None and num_samples in looks:
+                stopped_early = num_samples < sampling.max_samples and is_stable(merged[0], seed=seed)
+                if stopped_early or num_samples == sampling.max_samples:
+                    break
+        whole = merge_measurements(merged)
+        plan = plan_confirmation(whole, seed=seed)
+        confirmations = [self.confirm(batch, plan) for batch in concatenate_rows(list(kept.rows()))]
+        if tensors_path is not None and plan.critical_layers:
+            write_tensors(tensors_path, whole, plan)
         config = self.model.config
         return consolidate(
-            merged,
+            [whole],
             teacher=self.model.name_or_path or type(self.model).__name__,
             revision=getattr(config, "_commit_hash", None) or "local",
             seconds=time.monotonic() - start,
             seed=seed,
+            partial=note is not None,
+            note=note,
+            confirmations=confirmations,
+            stopped_early=stopped_early,
+            tensors=None if tensors_path is None else tensors_path.name,
+        )
+
+    def _scores_of(
+        self,
+        batch: ProfileBatch | EncoderProfileBatch,
+        sample_ids: Sequence[str],
+        *,
+        statistics: _LayerStatistics | None = None,
+        interventions: InterventionsOf | None = None,
+    ) -> _Scores:
+        if isinstance(batch, EncoderProfileBatch):
+            return self._score_encoder(batch, statistics, interventions)
+        targets_BT = self._targets(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
+        _require_scored(targets_BT, sample_ids)
+        return self._score(
+            batch.input_ids_BT, batch.attention_mask_BT, targets_BT, statistics, interventions, with_kl=True
         )
 
     def _targets(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -252,48 +350,75 @@ class NIWTProfiler:
         attention_mask_BT: Tensor,
         targets_BT: Tensor,
         statistics: _LayerStatistics | None = None,
+        interventions: InterventionsOf | None = None,
+        *,
+        with_kl: bool = False,
     ) -> _Scores:
-        """Sweep all micro-batches; every row has targets."""
+        """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
         strategy = self._sweep_strategy(is_text=True)
+        num_interventions = len(self.stack) if interventions is None else len(interventions(slice(0, 0), None))
         size = self._text_batch_size(
-            num_variants=len(self.stack) + 1 if strategy == "triangular" else 1,
+            num_variants=num_interventions + 1 if strategy == "triangular" else 1,
             num_columns=input_ids_BT.shape[1],
             num_logits=int(targets_BT.sum(dim=1).max()),
             num_cached=0,
         )
 
-        def run(part: list[Tensor]) -> Tensor:
+        def run(rows: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT, chosen_BT = _without_padding(part)
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = token_reader(self.model, self.stack, text_inputs(self.model, ids_BT, mask_BT), scored)
-            with _observed(statistics) as observe:
-                readings_VN3 = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-            return _sums_per_sample(readings_VN3[..., :2].cpu(), scored.rows_N.cpu(), len(ids_BT))
+            inputs = text_inputs(self.model, ids_BT, mask_BT)
+            read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+            if interventions is None:
+                with _observed(statistics) as observe:
+                    readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
+            else:
+                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+            # Without the logits, which only show whether anything changed.
+            summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
+            return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
 
         with undisturbed(self.model):
             parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, targets_BT], run)
-        nll_VB, hits_VB = torch.cat(parts, dim=1).unbind(dim=-1)
+        nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
-        return _Scores("delta_nll", counts_B, nll_VB[1:] - nll_VB[:1], nll_VB[0], hits_VB == counts_B)
+        return _Scores(
+            metric="delta_nll",
+            counts_B=counts_B,
+            delta_LB=nll_VB[1:] - nll_VB[:1],
+            clean_nll_B=nll_VB[0],
+            correct_VB=hits_VB == counts_B,
+            kl_LB=kl[0][1:] if kl else None,
+        )
 
-    def _score_encoder(self, batch: EncoderProfileBatch, statistics: _LayerStatistics) -> _Scores:
-        """Sweep all micro-batches of an encoder's inputs."""
+    def _score_encoder(
+        self,
+        batch: EncoderProfileBatch,
+        statistics: _LayerStatistics | None,
+        interventions: InterventionsOf | None,
+    ) -> _Scores:
+        """Sweep all micro-batches of an encoder's inputs. Without interventions each block is skipped."""
         strategy = self._sweep_strategy(is_text=False)
         size = self.micro_batch_size or batch.num_rows
 
-        def run(part: list[Tensor]) -> tuple[Tensor, bool]:
+        def run(rows: slice, part: list[Tensor]) -> tuple[Tensor, int]:
             inputs = dict(zip(batch.inputs, part, strict=True))
             read = OutputReader(self.model, inputs)
-            with _observed(statistics) as observe:
-                readings = sweep_skips(
-                    self.stack, read, strategy, _of_real_tokens(inputs.get("attention_mask"), observe)
-                )
-            return readings.cpu(), read.classifies
+            mask_BT = inputs.get("attention_mask")
+            if interventions is None:
+                with _observed(statistics) as observe:
+                    readings_VBC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
+            else:
+                readings_VBC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+            return readings_VBC.cpu(), read.num_classes
 
         with undisturbed(self.model):
             parts = self._in_micro_batches(size, list(batch.inputs.values()), run)
-        readings_VBC, classifies = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
-        return _label_scores(readings_VBC, batch.labels_B) if classifies else _embedding_scores(readings_VBC)
+        readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
+        embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
+        if num_classes:
+            return _label_scores(readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
+        return _embedding_scores(readings_VBC)
 
     def _sweep_strategy(self, *, is_text: bool) -> SweepStrategy:
         """Return how scoring sweeps, given what was asked for and what the model allows."""
@@ -321,9 +446,11 @@ class NIWTProfiler:
         return max(1, size)
 
     def _in_micro_batches(
-        self, size: int, tensors: Sequence[Tensor], run: Callable[[list[Tensor]], Part]
+        self, size: int, tensors: Sequence[Tensor], run: Callable[[slice, list[Tensor]], Part]
     ) -> list[Part]:
-        """Return what `run` gives for `size` rows at a time of tensors that share their first axis, on the model's device.
+        """Return what `run` gives for `size` rows at a time of tensors that share their first axis.
+
+        `run` is given the range of the rows and the rows themselves, on the model's device.
 
         Running out of memory halves the size, for this and for all later calls, and runs the same rows again.
 
@@ -338,7 +465,7 @@ class NIWTProfiler:
             num_rows = len(part[0])
             failure: str | None = None
             try:
-                results.append(run(part))
+                results.append(run(slice(start, start + num_rows), part))
                 start += num_rows
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -368,8 +495,40 @@ class _Scores:
     metric: Metric
     counts_B: Tensor
     delta_LB: Tensor
-    clean_nll_B: Tensor | None
-    correct_VB: Tensor | None
+    clean_nll_B: Tensor | None = None
+    correct_VB: Tensor | None = None
+    kl_LB: Tensor | None = None
+    cosine_drop_LB: Tensor | None = None
+    embeddings_VBE: Tensor | None = None
+    """An encoder's pooled embeddings."""
+
+
+def _numpy(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.numpy()
+
+
+def _cut_at(
+    batches: Iterable[ProfileBatch | EncoderProfileBatch], counts: Sequence[int]
+) -> Iterator[ProfileBatch | EncoderProfileBatch]:
+    """Yield the rows of the batches so that one ends at each of the cumulative `counts`, in ascending order."""
+    num_rows = 0
+    waiting = list(counts)
+    for batch in batches:
+        rest: ProfileBatch | EncoderProfileBatch = batch
+        while waiting and num_rows + rest.num_rows > waiting[0]:
+            first, rest = split_at(rest, waiting[0] - num_rows)
+            num_rows = waiting.pop(0)
+            yield first
+        num_rows += rest.num_rows
+        if waiting and num_rows == waiting[0]:
+            waiting.pop(0)
+        yield rest
+
+
+def _probe_statistics(batch: ProfileBatch | EncoderProfileBatch, scores: _Scores) -> ProbeStatistics | None:
+    if isinstance(batch, ProfileBatch) or batch.labels_B is None or scores.embeddings_VBE is None:
+        return None
+    return ProbeStatistics.of(scores.embeddings_VBE[0].numpy(), batch.labels_B.cpu().numpy())
 
 
 def _without_padding(tensors_BT: Sequence[Tensor]) -> list[Tensor]:
@@ -391,19 +550,22 @@ class _LayerStatistics:
     def __init__(self) -> None:
         self.moments: list[ActivationMoments] = []
         self.comoments: list[Comoment] = []
+        self.updates: list[MeanUpdate] = []
 
-    def observe(self, index: int, states_ND: Tensor) -> None:
+    def observe(self, index: int, inputs_ND: Tensor, outputs_ND: Tensor) -> None:
         # One sweep, in which blocks are called in order.
         assert index == len(self.moments)
-        self.moments.append(ActivationMoments.of(states_ND))
-        self.comoments.append(Comoment.of(states_ND))
+        self.moments.append(ActivationMoments.of(outputs_ND))
+        self.comoments.append(Comoment.of(outputs_ND))
+        self.updates.append(MeanUpdate.of(outputs_ND - inputs_ND))
 
     def merge(self, part: _LayerStatistics) -> None:
         if not self.moments:
-            self.moments, self.comoments = part.moments, part.comoments
+            self.moments, self.comoments, self.updates = part.moments, part.comoments, part.updates
         else:
             self.moments = [a.merge(b) for a, b in zip(self.moments, part.moments, strict=True)]
             self.comoments = [a.merge(b) for a, b in zip(self.comoments, part.comoments, strict=True)]
+            self.updates = [a.merge(b) for a, b in zip(self.updates, part.updates, strict=True)]
 
 
 @contextmanager
@@ -417,24 +579,39 @@ def _observed(statistics: _LayerStatistics | None) -> Iterator[StatesObserver | 
     statistics.merge(part)
 
 
-def _sums_per_sample(readings_VN2: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
-    """Return [V, B, 2]. On the CPU, because index_add of float64 has no fixed order on a GPU."""
-    return readings_VN2.new_zeros(len(readings_VN2), num_rows, 2).index_add(1, rows_N, readings_VN2)
+def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
+    """Return [V, B, C]. On the CPU, because index_add of float64 has no fixed order on a GPU."""
+    shape = (len(readings_VNC), num_rows, readings_VNC.shape[-1])
+    return readings_VNC.new_zeros(shape).index_add(1, rows_N, readings_VNC)
 
 
-def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None) -> _Scores:
+def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None) -> _Scores:
     chosen_B = log_probs_VBC[0].argmax(dim=-1) if labels_B is None else labels_B.cpu()
     nll_VB = -log_probs_VBC.gather(-1, chosen_B.expand(len(log_probs_VBC), -1)[..., None])[..., 0]
     correct_VB = None if labels_B is None else log_probs_VBC.argmax(dim=-1) == chosen_B
-    return _Scores("label_nll", torch.ones_like(chosen_B), nll_VB[1:] - nll_VB[:1], nll_VB[0], correct_VB)
+    return _Scores(
+        metric="label_nll",
+        counts_B=torch.ones_like(chosen_B),
+        delta_LB=nll_VB[1:] - nll_VB[:1],
+        clean_nll_B=nll_VB[0],
+        correct_VB=correct_VB,
+        kl_LB=kl_divergence(log_probs_VBC[:1], log_probs_VBC[1:]),
+        cosine_drop_LB=None if embeddings_VBE is None else _cosine_drops(embeddings_VBE),
+        embeddings_VBE=embeddings_VBE,
+    )
 
 
 def _embedding_scores(embeddings_VBE: Tensor) -> _Scores:
+    drop_LB = _cosine_drops(embeddings_VBE)
+    counts_B = torch.ones(drop_LB.shape[1], dtype=torch.int64)
+    return _Scores("cosine_drop", counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
+
+
+def _cosine_drops(embeddings_VBE: Tensor) -> Tensor:
     clean, ablated = embeddings_VBE[:1], embeddings_VBE[1:]
     # The cosine of a vector with itself is 1 only to rounding.
     is_same_LB = (ablated == clean).all(dim=-1)
-    drop_LB = (1 - F.cosine_similarity(ablated, clean, dim=-1)).masked_fill(is_same_LB, 0.0)
-    return _Scores("cosine_drop", torch.ones(clean.shape[1], dtype=torch.int64), drop_LB, None, None)
+    return (1 - F.cosine_similarity(ablated, clean, dim=-1)).masked_fill(is_same_LB, 0.0)
 
 
 def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> Observer | None:
@@ -442,12 +619,12 @@ def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> O
     if observe is None:
         return None
 
-    def select(index: int, hidden_BTD: Tensor) -> None:
+    def select(index: int, input_BTD: Tensor, output_BTD: Tensor) -> None:
         # Convolutional front ends shorten time: their mask is not the blocks'.
-        if mask_BT is not None and mask_BT.shape == hidden_BTD.shape[:2]:
-            observe(index, hidden_BTD[mask_BT.bool()])
+        if mask_BT is not None and mask_BT.shape == output_BTD.shape[:2]:
+            observe(index, input_BTD[mask_BT.bool()], output_BTD[mask_BT.bool()])
         else:
-            observe(index, hidden_BTD.flatten(0, -2))
+            observe(index, input_BTD.flatten(0, -2), output_BTD.flatten(0, -2))
 
     return select
 

@@ -5,10 +5,11 @@ Prompts are padded on the left and masked, so that neither the batch size nor a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +18,10 @@ from nexus.data.answers import AnswerPattern, extract_answer, gold_answer
 from nexus.profiling.decoding import stop_tokens
 from nexus.profiling.layers import undisturbed
 
-__all__ = ["AnswerPattern", "EvaluationResult", "evaluate_batch", "extract_answer"]
+if TYPE_CHECKING:
+    from nexus.profiling.niwt import NIWTProfiler
+
+__all__ = ["AnswerPattern", "EvaluationResult", "ablated_answers", "evaluate_batch", "extract_answer"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,50 @@ def evaluate_batch(
     return EvaluationResult(tuple(predictions), correct, sum(correct) / len(correct), found)
 
 
+def ablated_answers(
+    profiler: NIWTProfiler,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    golds: Sequence[str],
+    *,
+    pattern: AnswerPattern,
+    max_new_tokens: int,
+    end_ids: Collection[int],
+) -> np.ndarray:
+    """Return bool [L+1, B]: whether the clean model's greedy completion of each prompt (row 0), and that with layer i skipped
+    (row i+1), holds the gold answer; what else a completion says is not scored.
+
+    Where the whole completion is the answer, verification gives the same without decoding (`BatchMeasurement.correct_VB`).
+
+    Args:
+        prompt_ids: at least one prompt, none empty.
+        golds: normalised by `gold_answer`.
+        end_ids: what ends a completion, beside the model's own stop tokens.
+    """
+    width = max(len(row) for row in prompt_ids)
+    pad_id = stop_tokens(profiler.model).pad_id
+    input_ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in prompt_ids])
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids])
+    tokens_VBA = profiler.ablated_generations(input_ids_BT, mask_BT, max_new_tokens)
+    ends = {*end_ids, *stop_tokens(profiler.model).eos_ids}
+    return np.array(
+        [
+            [
+                extract_answer(_text(tokenizer, completion, ends), pattern) == gold
+                for completion, gold in zip(completions, golds, strict=True)
+            ]
+            for completions in tokens_VBA.tolist()
+        ]
+    )
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Sequence[int], ends: Collection[int]) -> str:
+    """Return a completion up to its first end token as text."""
+    # The pad id may be an ordinary token of the tokenizer: cut before decoding, not by skipping special tokens.
+    length = next((position for position, token in enumerate(completion) if token in ends), len(completion))
+    return str(tokenizer.decode(list(completion[:length]), skip_special_tokens=True))
+
+
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
@@ -94,9 +142,4 @@ def _generate(
         num_beams=1,
         pad_token_id=pad_id,
     )
-    completions = []
-    for row in generated[:, width:].tolist():
-        # The pad id may be an ordinary token of the tokenizer: cut before decoding, not by skipping special tokens.
-        length = next((position for position, token in enumerate(row) if token in stop.eos_ids), len(row))
-        completions.append(str(tokenizer.decode(row[:length], skip_special_tokens=True)))
-    return completions
+    return [_text(tokenizer, row, stop.eos_ids) for row in generated[:, width:].tolist()]

@@ -37,9 +37,29 @@ class Comoment:
             self.comoment_DD + other.comoment_DD + np.outer(delta, delta) * (self.count * other.count / n),
         )
 
+    def subspace(self, share: float = 0.95) -> Subspace:
+        """Return the principal subspace that holds `share` of the variance, all of it at most (`intrinsic_dimension`)."""
+        values_D, vectors_DD = np.linalg.eigh(self.comoment_DD / self.count)
+        values_D = np.clip(values_D[::-1], 0.0, None)
+        basis_KD = vectors_DD.T[::-1][: intrinsic_dimension(values_D, share)]
+        # An eigenvector's sign is arbitrary: its largest component is made positive, so that equal data give equal files.
+        largest_K = np.take_along_axis(basis_KD, np.abs(basis_KD).argmax(axis=1)[:, None], axis=1)
+        return Subspace(self.mean_D, basis_KD * np.sign(largest_K), values_D)
+
     def eigenvalues(self) -> np.ndarray:
         """Return the eigenvalues [D] of the population covariance, largest first, rounding below zero cut off."""
         return np.asarray(np.clip(np.linalg.eigvalsh(self.comoment_DD / self.count)[::-1], 0.0, None))
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The principal components of a layer's output, float64."""
+
+    mean_D: np.ndarray
+    basis_KD: np.ndarray
+    """Orthonormal rows, the most variance first; K is 0 when nothing varies."""
+    eigenvalues_D: np.ndarray
+    """Of the whole population covariance, largest first."""
 
 
 def intrinsic_dimension(eigenvalues_D: np.ndarray, share: float = 0.95) -> int:
@@ -55,3 +75,13 @@ def participation_ratio(eigenvalues_D: np.ndarray) -> float:
     """Return (sum l)^2 / sum l^2: D when variance is spread evenly, 1 when one direction has it all, 0 when nothing varies."""
     squares = float(np.square(eigenvalues_D).sum())
     return float(eigenvalues_D.sum()) ** 2 / squares if squares > 0 else 0.0
+
+
+def effective_rank(eigenvalues_D: np.ndarray) -> float:
+    """Return exp of the entropy of the eigenvalues' shares (Roy & Vetterli 2007): D when variance is spread evenly, 1 when one
+    direction has it all, 0 when nothing varies."""
+    total = float(eigenvalues_D.sum())
+    if total <= 0:
+        return 0.0
+    shares = eigenvalues_D[eigenvalues_D > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -108,8 +108,8 @@ def score_completions(
     """
     assert request.completions is not None
     rows = tokenise_rows(tokenizer, request.prompts, request.completions)
-    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids[:-1]) for row in rows])
-    top_k = min(request.top_k, _vocabulary_size(model))
+    _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
+    top_k = min(request.top_k, vocabulary_size(model))
     ids: list[np.ndarray] = [np.empty(0)] * len(rows)
     logprobs, tails = list(ids), list(ids)
     hidden: dict[int, list[np.ndarray]] = {layer: list(ids) for layer in request.layers}
@@ -157,6 +157,30 @@ def completion_logits(
     rows = tokenise_rows(tokenizer, prompts, completions)
     for chosen in _micro_batches(model, rows):
         yield _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
+
+
+def completion_states(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest, layers: Sequence[int]
+) -> tuple[np.ndarray, dict[int, Tensor]]:
+    """Outputs of blocks at the positions that predict the completions' tokens, in the model's own precision and on its device.
+
+    Returns:
+        int64 [B+1], row b owns positions offsets[b]:offsets[b+1]; and layer -> [N, H].
+
+    Raises:
+        RowsError: rows that do not fit the model.
+    """
+    assert request.completions is not None
+    rows = tokenise_rows(tokenizer, request.prompts, request.completions)
+    _refuse_unfit(model, request.row_ids, [len(row.prompt_ids) + len(row.completion_ids[:-1]) for row in rows])
+    offsets_B1 = np.cumsum([0, *(len(row.completion_ids) for row in rows)], dtype=np.int64)
+    parts: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
+    for chosen in _micro_batches(model, rows):
+        batch = _forward(model, tokenizer, [rows[i] for i in chosen], layers)
+        counts = [len(rows[i].completion_ids) for i in chosen]
+        for layer, state_NH in batch.hidden.items():
+            parts[layer].update(zip(chosen, state_NH.split(counts), strict=True))
+    return offsets_B1, {layer: torch.cat([by_row[b] for b in range(len(rows))]) for layer, by_row in parts.items()}
 
 
 def profile_inputs(
@@ -217,6 +241,38 @@ def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTop
     )
 
 
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row_ids: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+) -> tuple[str, ...]:
+    """Greedy completions that `score_completions` can score.
+
+    Raises:
+        RowsError: rows whose prompt does not fit the model, or whose answer does not: cut into tokens again, a text may have more of
+            them than were generated.
+    """
+    try:
+        answers = generate_greedily(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    except RowsError as error:
+        names = prompt_names(len(prompts))
+        raise RowsError(
+            error.what,
+            {row_id: error.reasons[name] for row_id, name in zip(row_ids, names, strict=True) if name in error.reasons},
+        ) from None
+    rows = tokenise_rows(tokenizer, prompts, answers)
+    _refuse_unfit(model, row_ids, [_scored_length(row) for row in rows])
+    return answers
+
+
+def prompt_names(count: int) -> list[str]:
+    """How errors of `generate_greedily` name its prompts."""
+    return [f"prompt {index}" for index in range(count)]
+
+
 def generate_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -231,8 +287,7 @@ def generate_greedily(
         RowsError: prompts that do not fit the model; rows are named by their index.
     """
     prompt_ids = tokenise_prompts(tokenizer, prompts)
-    names = [f"prompt {i}" for i in range(len(prompts))]
-    _refuse_unfit(model, names, [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
+    _refuse_unfit(model, prompt_names(len(prompts)), [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
     ends = end_token_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
     greedy = GenerationConfig(
@@ -282,7 +337,7 @@ class _Scored:
 def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
     longest = max((len(row.completion_ids) for row in rows), default=0)
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * _vocabulary_size(model)))
+    max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * vocabulary_size(model)))
     return micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS)
 
 
@@ -309,15 +364,22 @@ def _forward(
     device = model.device
     scored_BC = scored_BC.to(device)
     with torch.inference_mode(), recorded_blocks(model, layers) as recorded:
-        logits_BCV = model(
+        logits_BTV = model(
             input_ids=input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),
             position_ids=position_ids_BT.to(device),
             use_cache=False,
             logits_to_keep=longest_completion,
         ).logits
+        # Some classes (the omni thinkers) take logits_to_keep and return all the same.
+        logits_BCV = logits_BTV[:, -longest_completion:]
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
     return _Scored(logits_BCV[scored_BC], hidden)
+
+
+def _scored_length(row: TokenisedRow) -> int:
+    """Tokens that the model reads; the last one is only scored."""
+    return len(row.prompt_ids) + len(row.completion_ids[:-1])
 
 
 def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Sequence[int]) -> None:
@@ -336,7 +398,7 @@ def _refuse_unfit(model: PreTrainedModel, row_ids: Sequence[str], lengths: Seque
         )
 
 
-def _vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the output head: some heads are padded beyond the configured vocabulary."""
     return int(model.get_output_embeddings().weight.shape[0])
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.data.media import add_noise, decode_audio, decode_image
-from nexus.errors import ConfigError, DataError
+from nexus.errors import DataError
 from nexus.towers.blocks import recorded_blocks
 from nexus.towers.nf4 import classification_heads
 from nexus.towers.rows import RowsError
+from nexus.towers.video import decode_frames
 
 MAX_ROWS = 64
 """Rows of one forward: 512-pixel images give 1,024 patches each, whose widest activations then take 1 GB in a 400M encoder."""
@@ -59,20 +60,17 @@ def prepare_inputs(
         snr_db: noise added to recordings, the same for a row whenever it is heard; images take none.
 
     Raises:
-        ConfigError: the encoder takes video, which this version does not decode.
         RowsError: rows whose media cannot be decoded.
     """
-    if hasattr(model.config, "num_frames"):
-        raise ConfigError(
-            f"Expected an encoder of images or recordings, found {type(model).__name__}, which takes video. This version "
-            "decodes no video; remove the teacher from the run."
-        )
+    num_frames = getattr(model.config, "num_frames", None)
     rate = getattr(processor, "sampling_rate", None)
     decoded: list[Any] = []
     bad = {}
     for row_id, data in zip(row_ids, media, strict=True):
         try:
-            if rate is None:
+            if num_frames is not None:
+                decoded.append(decode_frames(data, num_frames))
+            elif rate is None:
                 decoded.append(decode_image(data))
             else:
                 waveform = decode_audio(data, rate)
@@ -81,7 +79,9 @@ def prepare_inputs(
             bad[row_id] = str(error)
     if bad:
         raise RowsError("Expected media that can be decoded in every row; mend or drop the rows.", bad)
-    if rate is None:
+    if num_frames is not None:
+        prepared = processor(decoded, return_tensors="pt")
+    elif rate is None:
         prepared = processor(images=decoded, return_tensors="pt")
     else:
         prepared = processor(decoded, sampling_rate=rate, return_tensors="pt")

@@ -1,11 +1,12 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-What a teacher can do follows from its role alone: causal_lm.py or encoder.py does the work.
+What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py or sae.py does the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,20 +15,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus.config import Role
+from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError
-from nexus.profiling.consolidation import BatchMeasurement
+from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
-from nexus.towers import causal_lm, encoder
+from nexus.profiling.reasoning_eval import ablated_answers
+from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
+from nexus.towers.health import check_targets
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.rows import RowsError
-from nexus.towers.targets import ScoreRequest, TeacherTargets, TokenTargets
+from nexus.towers.sae import score_features
+from nexus.towers.targets import ScoreRequest, SparseTargets, TeacherTargets, TokenTargets
 from nexus.towers.tax import TaxMeasurement, measure_tax
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
+
+
+@dataclass(frozen=True)
+class AnswerCheck:
+    """How a generated completion is scored on its answer alone."""
+
+    pattern: AnswerPattern
+    max_new_tokens: int
 
 
 class TeacherEngine:
@@ -76,11 +89,13 @@ class TeacherEngine:
         Raises:
             ConfigError: the request does not fit the teacher's role, or asks for a layer that it does not have.
             RowsError: rows that cannot be decoded, do not fit the model, or give results that are not finite.
+            TeacherHealthError: the reply is of a broken teacher.
         """
         tokens: TokenTargets | None = None
         hidden: dict[int, np.ndarray] = {}
         encoded: encoder.Encoded | None = None
-        if self.role == "causal_lm":
+        features: dict[int, SparseTargets] | None = None
+        if self.role in ("causal_lm", "sae"):
             if request.completions is None:
                 raise ConfigError(
                     f"Expected completions to score for the language model {self.teacher_id!r}, found none. Generate them first."
@@ -90,21 +105,28 @@ class TeacherEngine:
                     f"Expected rows of text for the language model {self.teacher_id!r}, found media, which this "
                     "version gives to encoders only. Choose an encoder for these rows."
                 )
-            tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
+            if self.tower.dictionaries is None:
+                tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
+            else:
+                features = score_features(*self._language_model(), self.tower.dictionaries, request)
         else:
             if request.media is None:
                 raise ConfigError(
-                    f"Expected media for the encoder {self.teacher_id!r}, found none. Give it rows with images or audio."
+                    f"Expected media for the teacher {self.teacher_id!r} of role {self.role}, found none. Give it rows with "
+                    "images or audio."
                 )
-            encoded = self._encode(
-                request.row_ids,
-                request.media,
-                snr_db=request.snr_db,
-                layers=request.layers,
-                temperature=request.temperature,
-            )
-            hidden = encoded.hidden
-        return TeacherTargets(
+            if self.role == "codec_lm":
+                tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
+            else:
+                encoded = self._encode(
+                    request.row_ids,
+                    request.media,
+                    snr_db=request.snr_db,
+                    layers=request.layers,
+                    temperature=request.temperature,
+                )
+                hidden = encoded.hidden
+        targets = TeacherTargets(
             teacher=self.teacher_id,
             fingerprint=self.fingerprint,
             tokenizer_hash=self.tokenizer_hash,
@@ -114,7 +136,11 @@ class TeacherEngine:
             pooled_BE=None if encoded is None else encoded.pooled_BE,
             label_texts=self.label_texts,
             label_logprobs_BC=None if encoded is None else encoded.label_logprobs_BC,
+            features=features,
+            codebooks=codec_lm.num_codebooks(self.tower.model) if self.role == "codec_lm" else None,
         )
+        check_targets(targets, vocabulary_size=self._vocabulary_size())
+        return targets
 
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int | None = None
@@ -139,10 +165,17 @@ class TeacherEngine:
 
         Raises:
             ConfigError: an encoder without a classification head.
-            RowsError: as `score`.
+            RowsError: as `score`; also rows whose answer, tokenised as text, would not fit the model, which could not score it.
         """
         if self.role == "causal_lm":
-            return self.generate([record.prompt for record in records], max_new_tokens=max_new_tokens)
+            model, tokenizer = self._language_model()
+            return causal_lm.answer_rows(
+                model,
+                tokenizer,
+                [record.id for record in records],
+                [record.prompt for record in records],
+                max_new_tokens=max_new_tokens,
+            )
         texts, logprobs_BC = self._labels(), self._label_logprobs(records, snr_db)
         return tuple(texts[index] for index in logprobs_BC.argmax(axis=1))
 
@@ -166,6 +199,49 @@ class TeacherEngine:
         profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
         batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
         return profiler.measure(batch)
+
+    def confirm(
+        self,
+        records: Sequence[Record],
+        plan: ConfirmationPlan,
+        *,
+        strategy: ProfileStrategy = "auto",
+        snr_db: float | None = None,
+        answers: AnswerCheck | None = None,
+    ) -> ConfirmationMeasurement:
+        """The second pass of a profile over some rows of the first, as `NIWTProfiler.confirm`.
+
+        Args:
+            answers: makes a language model answer with each layer skipped; None leaves its accuracy to verification.
+
+        Raises:
+            RowsError: as `measure`; or rows without an answer to find.
+        """
+        profiler = NIWTProfiler(self._runner, strategy=strategy)
+        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
+        confirmed = profiler.confirm(batch, plan)
+        if self.role != "causal_lm" or answers is None:
+            return confirmed
+        golds = [
+            gold_answer((record.completion if record.answer is None else record.answer) or "", answers.pattern)
+            for record in records
+        ]
+        missing = {record.id: "no answer" for record, gold in zip(records, golds, strict=True) if gold is None}
+        if missing:
+            raise RowsError(
+                "Expected an answer to find in every row whose answers are generated; add or drop them.", missing
+            )
+        model, tokenizer = self._language_model()
+        correct_VB = ablated_answers(
+            profiler,
+            tokenizer,
+            causal_lm.tokenise_prompts(tokenizer, [record.prompt for record in records]),
+            [gold for gold in golds if gold is not None],
+            pattern=answers.pattern,
+            max_new_tokens=answers.max_new_tokens,
+            end_ids=causal_lm.end_token_ids(model, tokenizer),
+        )
+        return replace(confirmed, generated_correct_VB=correct_VB)
 
     def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
         """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards."""
@@ -192,7 +268,13 @@ class TeacherEngine:
     @property
     def _runner(self) -> PreTrainedModel:
         """The model whose blocks count: the whole one, or the encoder of a speech recogniser."""
-        return self.tower.model if self.role == "causal_lm" else encoder.encoder_of(self.tower.model)
+        return encoder.encoder_of(self.tower.model) if self.role == "encoder" else self.tower.model
+
+    def _vocabulary_size(self) -> int | None:
+        """Tokens of its distributions; None without any."""
+        if self.role == "codec_lm":
+            return int(self.tower.model.config.audio_vocab_size)
+        return causal_lm.vocabulary_size(self.tower.model) if self.role == "causal_lm" else None
 
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.tower.tokenizer is None:

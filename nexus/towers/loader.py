@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from nexus.artifacts import fingerprint_of
 from nexus.config import Role
 from nexus.errors import TowerLoadError
+from nexus.profiling.layers import find_blocks
+from nexus.towers.blocks import block_width
 from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
+from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
@@ -46,7 +49,8 @@ from nexus.towers.nf4 import (
     plan_quantisation,
     quantisation_config,
 )
-from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_role, resolve_entry
+from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_loadable, resolve_entry
+from nexus.towers.sae import Dictionaries, load_dictionaries
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,8 @@ class LoadedTower:
     """None without a tokenizer."""
     spec: TeacherSpec
     """What it was loaded from; loads it again, for example in floating point."""
+    dictionaries: Dictionaries | None = None
+    """Of an sae, whose `model` is the base model that it reads; None for all other roles."""
 
 
 class TowerLoader:
@@ -118,14 +124,16 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         TowerLoadError: files that are not what the spec demands.
         UnsupportedRoleError: a role that this version cannot load.
     """
-    check_role(spec.id, spec.role)
+    check_loadable(spec.id, spec.role)
+    if spec.role == "sae":
+        return _load_sae(spec, device, quantise=quantise)
     checkpoint = open_checkpoint(Path(spec.path))
     model_class = _model_class(spec, checkpoint)
     target = _device(device)
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role == "encoder" else None
+    processor = _processor(spec) if spec.role in ("encoder", "codec_lm") else None
     quantise = quantise and spec.quantise
     model, coverage = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
@@ -148,6 +156,28 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
     )  # fmt: skip
     return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec)
+
+
+def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
+    """The base model as a language model, and the dictionaries beside it."""
+    if spec.base_path is None:
+        raise TowerLoadError(
+            f"Expected the folder of the model that the dictionaries of teacher {spec.id!r} read, found none. Load it by its "
+            "registry id, whose entry names that model."
+        )
+    base = load_tower(
+        replace(spec, role="causal_lm", path=spec.base_path, base_path=None), device=device, quantise=quantise
+    )
+    dictionaries = load_dictionaries(
+        Path(spec.path),
+        width=block_width(base.model),
+        num_layers=len(find_blocks(base.model)),
+        device=base.model.device,
+    )
+    fingerprint = fingerprint_of(
+        {"base": base.fingerprint, "dictionaries": dictionaries.digest, "schema": TARGETS_SCHEMA}
+    )
+    return replace(base, role="sae", fingerprint=fingerprint, spec=spec, dictionaries=dictionaries)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -192,6 +222,11 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
         raise TowerLoadError(
             f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found {name!r}, which it does "
             "not have. Update transformers; code that comes with a checkpoint is not run."
+        )
+    if spec.role == "codec_lm" and found.__name__ != CODEC_LM_CLASS:
+        raise TowerLoadError(
+            f"Expected {CODEC_LM_CLASS} for teacher {spec.id!r} of role codec_lm, found {name}, whose codes this version cannot ask "
+            "for. Remove it from the run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
@@ -257,10 +292,11 @@ def _load_model(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
     keys = _keys_by_parameter(spec, skeleton, checkpoint)
+    converted = any(f"{name}.weight" not in keys for name in plan.matrices)
     try:
         model, info = model_class.from_pretrained(
             spec.path,
-            quantization_config=quantisation_config(plan, dtype) if quantise else None,
+            quantization_config=quantisation_config(plan, dtype, own_quantiser=converted) if quantise else None,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -275,7 +311,7 @@ def _load_model(
         ) from error
     _refuse_incomplete(spec, info)
     freeze(model)
-    return model, measure_coverage(model, plan, _original(spec, keys), teacher_id=spec.id)
+    return model, measure_coverage(model, plan, _original(keys), teacher_id=spec.id)
 
 
 def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
@@ -328,13 +364,10 @@ def _keys_by_parameter(
     return found
 
 
-def _original(spec: TeacherSpec, keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
+def _original(keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor | None]:
+    def read(name: str) -> Tensor | None:
         if name not in keys:
-            raise TowerLoadError(
-                f"Expected the original of {name!r} in {spec.path} to compare NF4 with, found no tensor that maps to it alone. Add "
-                "it to the teacher's skip_modules."
-            )
+            return None
         path, key = keys[name]
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)

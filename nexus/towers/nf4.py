@@ -8,7 +8,8 @@ holds what it and transformers leave to the caller:
   classification head;
 * bitsandbytes is silently wrong on CPUs when the last dimension is no multiple of its block (weight error .39 at 48 columns, .09
   at 64), so such matrices are refused and every error is measured;
-* experts fused into 3-D parameters are no `nn.Linear` and stay in floating point without a word, so the quantised share is gated;
+* experts fused into 3-D parameters are no `nn.Linear` and stay in floating point without a word: experts.py packs them, and the
+  quantised share is gated;
 * on CPUs with AVX-512 BF16, bitsandbytes repacks the weights in the first forward, drops double quantisation and computes in
   bfloat16 whatever was asked: results would then depend on the machine and the stored weights would change.
 """
@@ -29,9 +30,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nexus.errors import TowerLoadError
+from nexus.towers.experts import BLOCK, STACKS, NF4Config, NF4Experts, is_fused_experts, relative_error, why_not_packed
 
-BLOCK = 64
-"""Weights that share one scale; bitsandbytes' default and the format of NF4 checkpoints."""
 MAX_WEIGHT_ERROR = 0.12
 """Largest admitted |dequantised - original| / |original|. Normally distributed weights give .092, the silent errors .26 and more."""
 VERIFIED_PARAMETERS = 2 * 10**9
@@ -65,6 +65,10 @@ class CoverageReport:
     """Stored bits per quantised parameter, scales and tables included; 0 when none is quantised."""
     max_weight_error: float
     """Largest relative error of a quantised matrix; 0 when none is quantised."""
+    quantisable_share: float
+    """Share of the parameters in matrices and stacks of experts that NF4 could hold, whatever the policy says."""
+    stored_bytes: int
+    """What the parameters take, quantised or not."""
     modules: tuple[ModuleCoverage, ...]
 
     @property
@@ -81,6 +85,8 @@ class QuantisationPlan:
     """Name patterns of the modules that stay in floating point; what transformers is told to skip."""
     matrices: tuple[str, ...]
     """Names of the modules whose weight is quantised."""
+    experts: tuple[str, ...] = ()
+    """Names of the fused experts whose stacks are quantised."""
 
 
 NOTHING_QUANTISED = QuantisationPlan((), ())
@@ -98,15 +104,15 @@ def plan_quantisation(
         min_coverage: smallest share of parameters in NF4.
 
     Raises:
-        TowerLoadError: a skip name that matches nothing, a matrix whose rows are no multiple of 64, unreached experts, or a share
-            below `min_coverage`.
+        TowerLoadError: a skip name that matches nothing, a matrix whose rows are no multiple of 64, experts of a form that cannot be
+            packed, or a share below `min_coverage`.
     """
     linears: dict[str, Any] = {
         name: module
         for name, module in skeleton.named_modules()
         if type(module) is nn.Linear or isinstance(module, Conv1D)
     }
-    experts = [name for name, module in skeleton.named_modules() if _is_fused_experts(module)]
+    experts = [name for name, module in skeleton.named_modules() if is_fused_experts(module)]
     idle = [skip for skip in skip_modules if all(should_convert_module(name, [skip]) for name in (*linears, *experts))]
     if idle:
         raise TowerLoadError(
@@ -123,16 +129,18 @@ def plan_quantisation(
         }
     )
     matrices = tuple(name for name in linears if should_convert_module(name, keep))
+    reached = tuple(name for name in experts if should_convert_module(name, keep))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    quantised = sum(linears[name].weight.numel() for name in matrices)
-    unreached = [name for name in experts if should_convert_module(name, keep)]
-    if unreached:
-        share = sum(p.numel() for name in unreached for p in skeleton.get_submodule(name).parameters()) / total
-        raise TowerLoadError(
-            f"Expected NF4 to reach the experts of teacher {teacher_id!r}, found them fused into 3-D parameters that "
-            f"bitsandbytes skips ({len(unreached)} modules, {share:.0%} of the parameters, first {unreached[0]!r}). Use a dense "
-            "teacher."
-        )
+    quantised = sum(linears[name].weight.numel() for name in matrices) + sum(
+        getattr(skeleton.get_submodule(name), stack).numel() for name in reached for stack in STACKS
+    )
+    for name in reached:
+        hindrance = why_not_packed(skeleton.get_submodule(name))
+        if hindrance is not None:
+            raise TowerLoadError(
+                f"Expected experts that NF4 can hold in teacher {teacher_id!r}, found {name!r}: {hindrance}. Add it to the teacher's "
+                "skip_modules."
+            )
     for name in matrices:
         # GPT-2's Conv1D keeps its matrix transposed.
         columns = linears[name].weight.shape[0 if isinstance(linears[name], Conv1D) else 1]
@@ -142,16 +150,26 @@ def plan_quantisation(
                 f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
             )
     if quantised < min_coverage * total:
+        left = _largest_left(skeleton, {*matrices, *reached})
         raise TowerLoadError(
             f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found "
-            f"{quantised / total:.1%} ({quantised:,} of {total:,}). Lower its min_coverage if the rest may stay in floating point."
+            f"{quantised / total:.1%} ({quantised:,} of {total:,}); left in floating point: {left}. Lower its min_coverage if they "
+            "may stay so."
         )
-    return QuantisationPlan(tuple(keep), matrices)
+    return QuantisationPlan(tuple(keep), matrices, reached)
 
 
-def quantisation_config(plan: QuantisationPlan, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What `from_pretrained` needs to follow `plan`."""
-    return BitsAndBytesConfig(
+def quantisation_config(
+    plan: QuantisationPlan, compute_dtype: torch.dtype, *, own_quantiser: bool = False
+) -> BitsAndBytesConfig:
+    """What `from_pretrained` needs to follow `plan`.
+
+    Args:
+        own_quantiser: quantise by experts.py's, which measures each matrix as it packs it. A plan with experts always does.
+    """
+    # Without experts the plain one, which any installation of transformers reads back from a saved config.json.
+    config_class = NF4Config if plan.experts or own_quantiser else BitsAndBytesConfig
+    config: BitsAndBytesConfig = config_class(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -159,6 +177,7 @@ def quantisation_config(plan: QuantisationPlan, compute_dtype: torch.dtype) -> B
         bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=list(plan.keep),
     )
+    return config
 
 
 def freeze(model: nn.Module) -> None:
@@ -173,7 +192,7 @@ def freeze(model: nn.Module) -> None:
 def measure_coverage(
     model: PreTrainedModel,
     plan: QuantisationPlan,
-    original: Callable[[str], Tensor],
+    original: Callable[[str], Tensor | None],
     *,
     teacher_id: str,
     verified_parameters: int = VERIFIED_PARAMETERS,
@@ -182,7 +201,8 @@ def measure_coverage(
 
     Args:
         model: loaded by `quantisation_config(plan)`.
-        original: name of a parameter -> its floating-point original, as the checkpoint holds it.
+        original: name of a parameter -> its floating-point original, as the checkpoint holds it; None for one that was merged or
+            cut while it was loaded, whose error was measured when it was packed.
         verified_parameters: above this many, only a choice of matrices is compared.
 
     Raises:
@@ -199,18 +219,18 @@ def measure_coverage(
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
+        if name in plan.experts:
+            modules.extend(_measure_experts(name, module, teacher_id))
+            continue
         if name in planned:
             state = states[name]
             if state is None:
                 raise TowerLoadError(
                     f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this."
                 )
-            error = _weight_error(module, original(f"{name}.weight")) if name in verified else None
-            if error is not None and not error < MAX_WEIGHT_ERROR:
-                raise TowerLoadError(
-                    f"Expected a relative NF4 error below {MAX_WEIGHT_ERROR} in every matrix, found {error:.3f} in {name!r} of "
-                    f"teacher {teacher_id!r}. Add it to the teacher's skip_modules."
-                )
+            error = _weight_error(name, module, original, teacher_id) if name in verified else None
+            if error is not None:
+                _refuse_far(error, name, teacher_id)
             size = math.prod(state.shape)
             modules.append(ModuleCoverage(name, size, True, stored_bits(module), error, None))
             own = [p for p in own if p is not module.weight]
@@ -228,6 +248,8 @@ def measure_coverage(
         share=quantised / total,
         bits_per_param=sum(module.stored_bits for module in matrices) / max(1, quantised),
         max_weight_error=max((m.weight_error for m in matrices if m.weight_error is not None), default=0.0),
+        quantisable_share=(quantised + _quantisable_left(model, {module.name for module in matrices})) / total,
+        stored_bytes=sum(module.stored_bits for module in modules) // 8,
         modules=tuple(modules),
     )
 
@@ -258,8 +280,50 @@ def classification_heads(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "down_proj")
+def _measure_experts(name: str, module: nn.Module, teacher_id: str) -> list[ModuleCoverage]:
+    if not isinstance(module, NF4Experts):
+        raise TowerLoadError(
+            f"Expected {name!r} of teacher {teacher_id!r} in NF4, found it in floating point. Report this."
+        )
+    measured = []
+    for stack, (rows, columns) in module.shapes.items():
+        # A quantised cache has been compared with the originals when it was written.
+        error = module.weight_errors.get(stack)
+        if error is not None:
+            _refuse_far(error, f"{name}.{stack}", teacher_id)
+        size = module.num_experts * rows * columns
+        measured.append(ModuleCoverage(f"{name}.{stack}", size, True, module.stored_bits(stack), error, None))
+    return measured
+
+
+def _quantisable_left(model: nn.Module, quantised: set[str]) -> int:
+    """Parameters that were left in floating point although NF4 could hold them; tied ones count once."""
+    left: dict[int, int] = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name not in quantised and module.in_features % BLOCK == 0:
+            left[id(module.weight)] = module.weight.numel()
+        elif is_fused_experts(module) and why_not_packed(module) is None:
+            left.update((id(p), p.numel()) for p in (getattr(module, stack) for stack in STACKS))
+    return sum(left.values())
+
+
+def _refuse_far(error: float, name: str, teacher_id: str) -> None:
+    if not error < MAX_WEIGHT_ERROR:
+        raise TowerLoadError(
+            f"Expected a relative NF4 error below {MAX_WEIGHT_ERROR} in every matrix, found {error:.3f} in {name!r} of "
+            f"teacher {teacher_id!r}. Add it to the teacher's skip_modules."
+        )
+
+
+def _largest_left(skeleton: PreTrainedModel, quantised: set[str]) -> str:
+    """The three modules in floating point that hold most, largest first."""
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for name, module in skeleton.named_modules()
+        if name not in quantised
+    }
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:3]
+    return ", ".join(f"{name} ({sizes[name]:,})" for name in largest)
 
 
 def _sample(shapes: dict[str, tuple[int, ...]], verified_parameters: int) -> set[str]:
@@ -270,12 +334,19 @@ def _sample(shapes: dict[str, tuple[int, ...]], verified_parameters: int) -> set
     return {*list(shapes)[::stride], *first_of_shape.values()}
 
 
-def _weight_error(module: Any, original: Tensor) -> float:
-    reference = original.to(module.weight.device, torch.float32)
+def _weight_error(name: str, module: Any, original: Callable[[str], Tensor | None], teacher_id: str) -> float:
+    reference = original(f"{name}.weight")
+    if reference is None:
+        error: float | None = getattr(module, "packing_error", None)
+        if error is None:
+            raise TowerLoadError(
+                f"Expected the original of {name!r} of teacher {teacher_id!r} to compare NF4 with, found no tensor that maps to it "
+                "alone. Add it to the teacher's skip_modules."
+            )
+        return error
     if issubclass(module.source_cls, Conv1D):
         reference = reference.T
-    norm = reference.norm()
-    return 0.0 if norm == 0 else float((dequantised(module) - reference).norm() / norm)
+    return relative_error(dequantised(module), reference.to(module.weight.device))
 
 
 def _reason(name: str, module: nn.Module, plan: QuantisationPlan) -> str:

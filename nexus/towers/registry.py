@@ -22,6 +22,9 @@ from nexus.config import HubTeacher, PathTeacher, RegistryTeacher, Role, resolve
 from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
+"""Roles that a run can distil from."""
+
+LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "sae")
 """Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")
@@ -106,6 +109,8 @@ class TeacherEntry(StrictModel):
     """None: never quantised, or already quantised by its authors."""
     unused_weights: tuple[str, ...] = ()
     """Beginnings of the tensor names that the checkpoint holds besides this class (another tower, a decoder)."""
+    base: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository of the model whose activations an sae reads; nf4 is then the policy of that model."""
     licence: str | None
     """None where it could not be checked."""
     gated: bool = False
@@ -232,6 +237,8 @@ class TeacherSpec:
     unused_weights: tuple[str, ...] = ()
     """Beginnings of tensor names that the class leaves aside; any other tensor without a place is refused."""
     remote_code: bool = False
+    base_path: str | None = None
+    """Folder of the model that an sae reads; None for all other roles."""
 
 
 def resolve_teacher(
@@ -254,7 +261,9 @@ def resolve_teacher(
         UnsupportedRoleError: a role that this version cannot load.
     """
     if isinstance(teacher, RegistryTeacher):
-        return resolve_entry(registry.get(teacher.id), models_dir=models_dir, cache_dir=cache_dir)
+        entry = registry.get(teacher.id)
+        check_role(entry.id, entry.role, entry.needs)
+        return resolve_entry(entry, models_dir=models_dir, cache_dir=cache_dir)
     check_role(teacher.id, teacher.role)
     if isinstance(teacher, PathTeacher):
         path = resolve_path(teacher.path)
@@ -278,16 +287,28 @@ def resolve_teacher(
 
 def resolve_entry(entry: TeacherEntry, *, models_dir: Path | None = None, cache_dir: Path | None = None) -> TeacherSpec:
     """The spec of a registry entry; raises as `resolve_teacher` does."""
-    check_role(entry.id, entry.role, entry.needs)
-    if entry.model_class is None or (entry.remote_code.needed and not entry.remote_code.allowed):
+    _refuse_role(entry.id, entry.role, LOADABLE_ROLES, entry.needs)
+    if (entry.model_class is None and entry.role != "sae") or (
+        entry.remote_code.needed and not entry.remote_code.allowed
+    ):
         raise TowerLoadError(
             f"Expected a class of transformers for teacher {entry.id!r}, found that it needs: {'; '.join(entry.needs)}. "
             "Choose another teacher of its capabilities."
         )
     path = find_checkpoint(entry.id, entry.repo, entry.revision, models_dir=models_dir, cache_dir=cache_dir)
+    base = None
+    if entry.base is not None:
+        base = find_checkpoint(
+            entry.base.partition("/")[2], entry.base, None, models_dir=models_dir, cache_dir=cache_dir
+        )
+    return spec_of_entry(entry, path, base=base)
+
+
+def spec_of_entry(entry: TeacherEntry, folder: Path, *, base: Path | None = None) -> TeacherSpec:
+    """The spec of a registry entry whose files lie in `folder`, those of the model that it reads in `base`."""
     return TeacherSpec(
         id=entry.id,
-        path=str(path),
+        path=str(folder),
         revision=entry.revision,
         role=entry.role,
         model_class=entry.model_class,
@@ -296,16 +317,27 @@ def resolve_entry(entry: TeacherEntry, *, models_dir: Path | None = None, cache_
         min_coverage=entry.nf4.min_coverage if entry.nf4 else 0.0,
         unused_weights=entry.unused_weights,
         remote_code=entry.remote_code.allowed,
+        base_path=None if base is None else str(base),
     )
 
 
 def check_role(teacher_id: str, role: Role, needs: tuple[str, ...] = ()) -> None:
+    """Raises UnsupportedRoleError unless a run can distil from teachers of `role`."""
+    _refuse_role(teacher_id, role, SUPPORTED_ROLES, needs)
+
+
+def check_loadable(teacher_id: str, role: Role) -> None:
     """Raises UnsupportedRoleError unless teachers of `role` can be loaded."""
-    if role not in SUPPORTED_ROLES:
+    _refuse_role(teacher_id, role, LOADABLE_ROLES, ())
+
+
+def _refuse_role(teacher_id: str, role: Role, admitted: tuple[Role, ...], needs: tuple[str, ...]) -> None:
+    if role not in admitted:
         because = f" (it needs: {'; '.join(needs)})" if needs else ""
+        what = "loader" if admitted == LOADABLE_ROLES else "distillation"
         raise UnsupportedRoleError(
-            f"Expected a teacher of role {' or '.join(SUPPORTED_ROLES)}, found {teacher_id!r} of role {role}, for which this version "
-            f"of nexus has no loader{because}. Remove it from the run."
+            f"Expected a teacher of role {' or '.join(admitted)}, found {teacher_id!r} of role {role}, for which this version of "
+            f"nexus has no {what}{because}. Remove it from the run."
         )
 
 

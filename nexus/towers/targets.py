@@ -1,8 +1,8 @@
 """What a teacher is asked and what it returns: plain frozen dataclasses of NumPy arrays.
 
 Columnar NumPy crosses Ray's object store without a copy (Python lists of the same content are 40-85 times slower). Shape letters:
-B rows, N scored completion tokens of all rows together, K kept ids, P positions (patches, frames), C classes, E embedding width,
-H hidden width of the teacher.
+B rows, N scored completion tokens of all rows together, K kept ids, Z active features of all tokens together, P positions (patches,
+frames), C classes, E embedding width, H hidden width of the teacher.
 """
 
 from __future__ import annotations
@@ -49,6 +49,21 @@ class TokenTargets:
 
 
 @dataclass(frozen=True)
+class SparseTargets:
+    """Active features of a dictionary at each scored token: compressed rows, only what is active."""
+
+    offsets_B1: np.ndarray
+    """int64 [B+1]; row b owns tokens offsets[b]:offsets[b+1]."""
+    token_offsets_N1: np.ndarray
+    """int64 [N+1]; token n owns entries token_offsets[n]:token_offsets[n+1]."""
+    feature_ids_Z: np.ndarray
+    """int32 [Z]; ascending within a token."""
+    values_Z: np.ndarray
+    """float32 [Z]; activations, all different from 0."""
+    num_features: int
+
+
+@dataclass(frozen=True)
 class TeacherTargets:
     """The answer to a `ScoreRequest`, rows in the request's order."""
 
@@ -66,6 +81,10 @@ class TeacherTargets:
     label_texts: tuple[str, ...] | None
     label_logprobs_BC: np.ndarray | None
     """float32 [B, C] at the request's temperature; a classification head's distribution."""
+    features: Mapping[int, SparseTargets] | None = None
+    """Layer -> active features of its dictionary; None for all roles but sae."""
+    codebooks: int | None = None
+    """Codes of one frame of a codec_lm: `tokens` then run over frames and codebooks, `hidden` over frames; None otherwise."""
 
     def __eq__(self, other: object) -> bool:
         """Equality of every field, arrays compared bit by bit."""
@@ -79,8 +98,9 @@ class TeacherTargets:
 def _equal(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    if isinstance(a, TokenTargets) and isinstance(b, TokenTargets):
-        return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    for columns in (TokenTargets, SparseTargets):
+        if isinstance(a, columns) and isinstance(b, columns):
+            return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(columns))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     # An array against None has no single truth value.

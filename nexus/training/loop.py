@@ -17,11 +17,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from nexus.adapters.base import Adapter
 from nexus.errors import ConfigError
+from nexus.student.memory import NexusStudent
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment, StepBatch, StepBatches
 from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss, apply_surgery
 from nexus.training.objective import DistillationObjective, TeacherLoss
+from nexus.training.optimizer import MuonAdamW, hidden_matrices
 from nexus.training.recovery import RecoveryConfig, RecoveryStep, SampleQuarantine
 from nexus.training.scheduler import LearningRateSchedule, cosine_decay
 from nexus.training.snapshot import Stateful
@@ -77,6 +80,7 @@ class LoopSettings:
     """What the loop needs of the run's configuration; see `nexus.config.DistillConfig` for meanings."""
 
     steps: int
+    optimizer: Literal["adamw", "muon"]
     learning_rate: float
     warmup_steps: int
     weight_decay: float
@@ -152,12 +156,7 @@ class DistillationLoop:
         self._spike = spike
         self._asked = 0
         """Draws ahead whose targets have been asked for."""
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(objective, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=ADAM_BETAS,
-            foreach=True,
-        )
+        self.optimizer = _optimizer(objective, settings)
         self.scheduler = LearningRateSchedule(
             self.optimizer,
             warmup_steps=settings.warmup_steps,
@@ -400,10 +399,24 @@ def _key(batch: StepBatch, assignment: Assignment) -> Hashable:
     return (batch.draw, str(assignment))
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains, biases and gates do not: pulling a norm's gain to 0 is no regularisation."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def _optimizer(objective: DistillationObjective, settings: LoopSettings) -> torch.optim.Optimizer:
+    matrices = _hidden_matrices(objective.student) if settings.optimizer == "muon" else []
+    taken = {id(matrix) for matrix in matrices}
+    rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in taken]
+    # Matrices decay; gains, biases and gates do not: pulling a norm's gain to 0 is no regularisation.
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": ADAM_BETAS}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, foreach=True, **rates)
+    return MuonAdamW(matrices, groups, weight_decay=settings.weight_decay, **rates)
+
+
+def _hidden_matrices(student: NexusStudent) -> list[nn.Parameter]:
+    """Those of the trunk's layers and ports and of the adapters, but for the maps to the teachers' spaces, which are heads."""
+    adapters = [adapter for adapter in student.adapters.values() if isinstance(adapter, Adapter)]
+    heads = {id(parameter) for adapter in adapters for parameter in adapter.alignments.parameters()}
+    found = hidden_matrices((student.core.layers, student.core.ports, *adapters))
+    return [matrix for matrix in found if id(matrix) not in heads]

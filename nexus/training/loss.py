@@ -25,10 +25,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nexus.training.surgery import Method, combine
+from nexus.training.surgery import Method, SurgeryPlan, plan_surgery, weighted_sum
 
 Mode = Literal["variance", "std"]
 
@@ -287,6 +288,28 @@ def teacher_gradients(
     return torch.stack(rows)
 
 
+@dataclass(frozen=True)
+class SurgeryOutcome:
+    """What surgery found on one step, for the log and for the steps until it is due again."""
+
+    teachers: tuple[str, ...]
+    """The teachers that took part, sorted; the order of every array."""
+    plan: SurgeryPlan
+    factors: dict[str, float]
+    """The weight of each teacher's own gradient grad r_t in what was written; the coefficients where nothing conflicted."""
+    pareto_stationary: bool
+    """The teachers cancel: the step on these parameters is 0."""
+
+    @property
+    def cosines(self) -> dict[str, dict[str, float]]:
+        """The conflict matrix by teacher; a teacher whose gradient is 0 has cosine 0 with all."""
+        rows = self.plan.cosines_NN.tolist()
+        return {
+            teacher: dict(zip(self.teachers, row, strict=True))
+            for teacher, row in zip(self.teachers, rows, strict=True)
+        }
+
+
 def apply_surgery(
     losses: Mapping[str, Tensor],
     result: SurgeryLoss,
@@ -295,7 +318,7 @@ def apply_surgery(
     *,
     method: Method,
     generator: torch.Generator | None = None,
-) -> None:
+) -> SurgeryOutcome | None:
     """Replace `.grad` of `parameters` by the gradient that surgery makes of the teachers' own gradients.
 
     Call it after `result.loss.backward(retain_graph=True)`, which gave all other parameters their gradient. What holds for the
@@ -309,16 +332,57 @@ def apply_surgery(
         parameters: the surgery subset.
         method: see `surgery.combine`.
         generator: fixes the order in which "pcgrad" projects.
+
+    Returns:
+        What was found; None, with every `.grad` as it was, where a teacher of a finite loss has a gradient that is not: the plain
+        gradient is then not finite either, for the recovery step to refuse.
     """
     present = {name: losses[name] for name in result.coefficients}
     gradients_NP = teacher_gradients(present, baselines, parameters)
-    coefficients_N = gradients_NP.new_tensor(list(result.coefficients.values()), dtype=torch.float64)
-    combined_P = combine(gradients_NP, coefficients_N, method=method, generator=generator)
-    offset = 0
-    for parameter in parameters:
-        part = combined_P[offset : offset + parameter.numel()]
+    if not bool(torch.isfinite(gradients_NP).all()):
+        return None
+    coefficients = np.array(list(result.coefficients.values()), dtype=np.float64)
+    plan = plan_surgery(gradients_NP, method=method, generator=generator)
+    factors = plan.factors(coefficients)
+    combined_P = weighted_sum(gradients_NP, factors)
+    parts = combined_P.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
-        offset += parameter.numel()
+    return SurgeryOutcome(
+        tuple(present),
+        plan,
+        dict(zip(present, factors.tolist(), strict=True)),
+        pareto_stationary=plan.is_stationary(coefficients),
+    )
+
+
+def reapply_surgery(
+    losses: Mapping[str, Tensor],
+    result: SurgeryLoss,
+    baselines: Mapping[str, float],
+    parameters: Sequence[nn.Parameter],
+    *,
+    outcome: SurgeryOutcome,
+) -> bool:
+    """Replace `.grad` of `parameters` as an earlier surgery would, in one backward pass instead of one per teacher.
+
+    The earlier plan meets this step's coefficients and gradients, so "upgrad" no longer promises anything; it costs (1 + 2 N) / 3
+    plain steps to keep the promise at every step. The graph is kept.
+
+    Returns:
+        False, with every `.grad` as it was, where the teachers are not those of the plan: then surgery is due.
+    """
+    if tuple(result.coefficients) != outcome.teachers:
+        return False
+    factors = outcome.plan.factors(np.array(list(result.coefficients.values()), dtype=np.float64))
+    ratios = [losses[name].reshape(()).double() / baselines[name] for name in outcome.teachers]
+    weighted = sum((factor * ratio for factor, ratio in zip(factors.tolist(), ratios, strict=True)), torch.zeros(()))
+    gradients = torch.autograd.grad(
+        weighted, list(parameters), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+    return True
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -418,7 +418,8 @@ class RecoveryStep:
         log_loss = math.log(max(observed.loss, LOSS_MINIMUM))
         log_norm = math.log(max(observed.grad_norm, GRAD_NORM_MINIMUM))
         observed = replace(observed, loss_z=watch.losses.score(log_loss), grad_norm_z=watch.grad_norms.score(log_norm))
-        if max(observed.loss_z or 0.0, observed.grad_norm_z or 0.0) <= self.config.threshold:
+        leaps = watch.losses.leaps(log_loss) or watch.grad_norms.leaps(log_norm)
+        if max(observed.loss_z or 0.0, observed.grad_norm_z or 0.0) <= self.config.threshold and not leaps:
             return self._accept(observed, log_loss, log_norm)
         jump = max(watch.losses.excess(log_loss), watch.grad_norms.excess(log_norm))
         watch.streak.append((jump, observed.key))

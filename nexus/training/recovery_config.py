@@ -18,7 +18,7 @@ class RecoveryConfig:
     """Accepted values that a detector looks back on."""
 
     warmup: int = 32
-    """Accepted values before a detector flags anything."""
+    """Accepted values before a detector flags anything but a tenfold leap."""
 
     threshold: float = 6.0
     """z above which a step is flagged."""

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nexus.config import RunConfig, resolve_path
+from nexus.data.collate import length_check
 from nexus.data.loader import RecordBatches
-from nexus.data.media import DecodableBatches
+from nexus.data.media import UsableBatches
 from nexus.data.quarantine import Quarantine
 from nexus.data.targets import TargetWriter, check_targets
 from nexus.errors import ArtifactError
@@ -34,7 +35,7 @@ def build_student_spec(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts], *, taught: bool
 ) -> StudentSpec:
     """The preset with the tokenizer's vocabulary and the router's keywords; when taught, with an alignment per critical layer."""
-    spec = load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
+    spec = _preset(config)
     # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
     sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
     spec = spec.with_vocabulary(
@@ -52,6 +53,15 @@ def build_student_spec(
         for teacher in config.teachers
     }
     return align_with_teachers(spec, teachers, towers)
+
+
+def student_positions(config: RunConfig) -> int:
+    """Tokens that the student has positions for: prompt and answer together."""
+    return int(_preset(config).core.max_position_embeddings)
+
+
+def _preset(config: RunConfig) -> StudentSpec:
+    return load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
 
 
 def build_loop(
@@ -104,7 +114,7 @@ def build_loop(
     )
     return DistillationLoop(
         objective,
-        _batches(config, run_dir, teachers),
+        _batches(config, run_dir, teachers, tokenizer),
         source,
         importance=importance,
         surgery=surgery,
@@ -114,6 +124,7 @@ def build_loop(
         ),
         settings=LoopSettings(
             steps=distill.steps,
+            optimizer=distill.optimizer,
             learning_rate=distill.learning_rate,
             warmup_steps=distill.warmup_steps,
             weight_decay=distill.weight_decay,
@@ -142,7 +153,9 @@ def _prepared(folder: Path) -> Path:
     return folder
 
 
-def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts]) -> StepBatches:
+def _batches(
+    config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts], tokenizer: PreTrainedTokenizerBase
+) -> StepBatches:
     quarantine = Quarantine(run_dir / "quarantine", config.quarantine.max_bad_share)
     facts = {teacher.id: teacher for teacher in teachers}
     unlabelled: dict[Assignment, RecordStream] = {}
@@ -161,9 +174,11 @@ def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts])
                 seed=config.seed * 1000 + number,
                 quarantine=quarantine,
             )
-            unlabelled[Assignment(teacher.id, capability)] = DecodableBatches(batches, quarantine)
+            # A classifier's label becomes the row's answer.
+            fits = length_check(tokenizer, config.student.max_length, answers=facts[teacher.id].label_texts)
+            unlabelled[Assignment(teacher.id, capability)] = UsableBatches(batches, quarantine, fits)
     labelled: dict[str, RecordStream] = {
-        source.capability: DecodableBatches(
+        source.capability: UsableBatches(
             RecordBatches(
                 [resolve_path(text) for text in source.labelled],
                 capability=source.capability,
@@ -172,6 +187,7 @@ def _batches(config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts])
                 quarantine=quarantine,
             ),
             quarantine,
+            length_check(tokenizer, config.student.max_length),
         )
         for source in config.data
         if source.labelled

@@ -6,6 +6,7 @@ nothing (OLMo-core's SkipStepOptimizer; ZClip, arXiv 2504.02507). A median is no
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,13 @@ from nexus.training.sample_quarantine import BatchKey
 
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of a normal variable whose median absolute deviation is 1."""
+
+
+LEAP = math.log(10.0)
+"""Beyond the highest value of a window that is too short for a score; noise does not go there (a score of 6 is at least 20 % for a
+loss and 2.9 times for a gradient norm)."""
+LEAP_VALUES = 8
+"""Accepted values before a leap can be told; the first steps of a run may well grow tenfold."""
 
 
 class SpikeDetector:
@@ -37,6 +45,10 @@ class SpikeDetector:
         """z of `value`; None during the warm-up."""
         spread = self._spread()
         return None if spread is None else (value - spread[0]) / max(spread[1], self.floor)
+
+    def leaps(self, value: float) -> bool:
+        """Whether `value`, a logarithm, is ten times the highest of the window during the warm-up."""
+        return LEAP_VALUES <= len(self._values) < self.warmup and value - max(self._values) > LEAP
 
     def excess(self, value: float) -> float:
         """How far `value` lies above the median of the window."""

@@ -19,6 +19,7 @@ Where nothing conflicts (min C_ij >= 0) every method returns the plain weighted 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -56,37 +57,85 @@ def combine(
     Raises:
         ValueError: shapes that disagree, an unknown method, a negative coefficient, or a number that is not finite.
     """
-    _check(gradients_NP, coefficients_N, method)
-    coefficients = coefficients_N.detach().double().cpu().numpy()
+    _check(gradients_NP, method)
+    coefficients = _checked_coefficients(coefficients_N, gradients_NP.shape[0])
     if method in ("none", "sum"):
-        return _weighted_sum(gradients_NP, coefficients)
+        return weighted_sum(gradients_NP, coefficients)
+    plan = plan_surgery(gradients_NP, method=method, generator=generator)
+    return weighted_sum(gradients_NP, plan.factors(coefficients))
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """What surgery does to the gradients of N teachers, whatever their coefficients: it is linear in them.
+
+    So a plan may be kept for some steps: `factors` then gives the loss weights of each step's own coefficients, and one backward
+    pass applies them. The gradients turn meanwhile, and what the method promises holds for those of the plan.
+    """
+
+    norms_N: NDArray[np.float64]
+    """|g_t|."""
+    cosines_NN: NDArray[np.float64]
+    """The conflict matrix: negative where two teachers pull against each other; 0 in the row and column of a gradient of zeros."""
+    projections_NN: NDArray[np.float64]
+    """Row i: what g_i / n_i becomes, in multiples of the unit rows. The unit matrix where nothing conflicts."""
+
+    @property
+    def conflicts(self) -> int:
+        """Number of pairs of teachers with a negative cosine."""
+        return int((np.triu(self.cosines_NN, 1) < 0.0).sum())
+
+    def factors(self, coefficients_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """f with d = sum_t f_t g_t [N]; all 0 where the teachers cancel (`is_stationary`)."""
+        lengths = coefficients_N * self.norms_N
+        if np.array_equal(self.projections_NN, np.eye(len(lengths))) or not lengths.any():
+            return coefficients_N
+        # Relative lengths: the square of a length of 1e200 overflows, that of 1e-200 vanishes.
+        longest = lengths.max()
+        weights = (lengths / longest) @ self.projections_NN
+        factors = np.zeros_like(self.norms_N)
+        if not self.is_stationary(coefficients_N):
+            alive = self.norms_N > 0.0
+            factors[alive] = weights[alive] / self.norms_N[alive] * longest
+        return factors
+
+    def is_stationary(self, coefficients_N: NDArray[np.float64]) -> bool:
+        """True where |d| is rounding: a Pareto-stationary point, at which no step improves every teacher."""
+        lengths = coefficients_N * self.norms_N
+        if not lengths.any():
+            return True
+        lengths = lengths / lengths.max()
+        weights = lengths @ self.projections_NN
+        return bool(weights @ self.cosines_NN @ weights <= (STATIONARY_TOLERANCE * lengths.sum()) ** 2)
+
+
+def plan_surgery(gradients_NP: Tensor, *, method: Method, generator: torch.Generator | None = None) -> SurgeryPlan:
+    """The cosines between the teachers' gradients, and what `method` makes of them. Arguments and errors as `combine`."""
+    _check(gradients_NP, method)
     norms, cosines = _norms_and_cosines(gradients_NP)
-    alive = np.flatnonzero(norms)
-    cosines = cosines[np.ix_(alive, alive)]
-    lengths = coefficients[alive] * norms[alive]
-    if not lengths.any() or cosines.min() >= 0.0:
-        return _weighted_sum(gradients_NP, coefficients)
-    # Relative lengths: the square of a length of 1e200 overflows, that of 1e-200 vanishes.
-    longest = lengths.max()
-    lengths = lengths / longest
-    upgrad = method == "upgrad"
-    weights = sum_of_projections(cosines, lengths) if upgrad else _project_in_turn(cosines, lengths, generator)
-    if weights @ cosines @ weights <= (STATIONARY_TOLERANCE * lengths.sum()) ** 2:
-        return torch.zeros_like(gradients_NP[0])
-    factors = np.zeros_like(norms)
-    factors[alive] = weights / norms[alive] * longest
-    return _weighted_sum(gradients_NP, factors)
+    projections = np.eye(len(norms))
+    if method in ("upgrad", "pcgrad") and cosines.min() < 0.0:
+        alive = np.flatnonzero(norms)
+        among = cosines[np.ix_(alive, alive)]
+        projected = _projected_on_the_cone(among) if method == "upgrad" else _projected_in_turn(among, generator)
+        projections[np.ix_(alive, alive)] = projected
+    return SurgeryPlan(norms, cosines, projections)
 
 
-def sum_of_projections(cosines: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum over i of argmin { v'Cv : v >= lengths_i e_i } [N], for a matrix C of cosines (positive semidefinite, unit diagonal)."""
-    total = np.zeros_like(lengths)
-    for index, length in enumerate(lengths):
-        # v = length (e_i + y) with y >= 0 minimising y'Cy / 2 + C_i'y: the same y for every length.
-        correction = nonnegative_minimiser(cosines, cosines[index])
-        correction[index] += 1.0
-        total += length * correction
-    return total
+def weighted_sum(gradients_NP: Tensor, factors_N: NDArray[np.float64]) -> Tensor:
+    """sum_t factors_t g_t [P], summed in float64 and returned in the dtype of the gradients."""
+    factors = torch.from_numpy(factors_N).to(gradients_NP.device)
+    result_P = torch.empty_like(gradients_NP[0])
+    for start in range(0, gradients_NP.shape[1], COLUMNS_PER_CHUNK):
+        columns = slice(start, start + COLUMNS_PER_CHUNK)
+        result_P[columns] = (factors @ gradients_NP.detach()[:, columns].double()).to(result_P.dtype)
+    return result_P
+
+
+def _projected_on_the_cone(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row i: argmin { v'Cv : v >= e_i }, for a matrix C of cosines (positive semidefinite, unit diagonal)."""
+    # v = e_i + y with y >= 0 minimising y'Cy / 2 + C_i'y.
+    return np.eye(len(cosines)) + np.stack([nonnegative_minimiser(cosines, row) for row in cosines])
 
 
 def nonnegative_minimiser(
@@ -123,21 +172,16 @@ def nonnegative_minimiser(
     return solution
 
 
-def _project_in_turn(
-    cosines: NDArray[np.float64], lengths: NDArray[np.float64], generator: torch.Generator | None
-) -> NDArray[np.float64]:
-    """PCGrad in coordinates: the weights of the unit rows in the sum of the projected gradients [N]."""
-    total = np.zeros_like(lengths)
-    for index, length in enumerate(lengths):
-        others = [other for other in range(len(lengths)) if other != index]
+def _projected_in_turn(cosines: NDArray[np.float64], generator: torch.Generator | None) -> NDArray[np.float64]:
+    """PCGrad in coordinates: row i is the unit row i after its projections, in multiples of the unit rows."""
+    projections = np.eye(len(cosines))
+    for index, weights in enumerate(projections):
+        others = [other for other in range(len(cosines)) if other != index]
         if generator is not None:
             others = [others[position] for position in torch.randperm(len(others), generator=generator).tolist()]
-        weights = np.zeros_like(lengths)
-        weights[index] = length
         for other in others:
             weights[other] -= min(0.0, float(cosines[other] @ weights))
-        total += weights
-    return total
+    return projections
 
 
 def _norms_and_cosines(gradients_NP: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -157,16 +201,7 @@ def _norms_and_cosines(gradients_NP: Tensor) -> tuple[NDArray[np.float64], NDArr
     return lengths * scales_N.cpu().numpy(), cosines
 
 
-def _weighted_sum(gradients_NP: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    factors_N = torch.from_numpy(factors).to(gradients_NP.device)
-    result_P = torch.empty_like(gradients_NP[0])
-    for start in range(0, gradients_NP.shape[1], COLUMNS_PER_CHUNK):
-        columns = slice(start, start + COLUMNS_PER_CHUNK)
-        result_P[columns] = (factors_N @ gradients_NP.detach()[:, columns].double()).to(result_P.dtype)
-    return result_P
-
-
-def _check(gradients_NP: Tensor, coefficients_N: Tensor, method: str) -> None:
+def _check(gradients_NP: Tensor, method: str) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {list(get_args(Method))}, found {method!r}")
     if gradients_NP.ndim != 2 or 0 in gradients_NP.shape or not gradients_NP.is_floating_point():
@@ -174,15 +209,20 @@ def _check(gradients_NP: Tensor, coefficients_N: Tensor, method: str) -> None:
             f"gradients: expected a float tensor [teachers, parameters] with at least one of each, "
             f"found {tuple(gradients_NP.shape)} of {gradients_NP.dtype}"
         )
-    if coefficients_N.shape != gradients_NP.shape[:1]:
-        raise ValueError(
-            f"coefficients: expected {gradients_NP.shape[0]}, one per teacher, found shape {tuple(coefficients_N.shape)}"
-        )
-    if not bool(torch.isfinite(coefficients_N).all()) or bool((coefficients_N < 0).any()):
-        raise ValueError(f"coefficients: expected finite numbers >= 0, found {coefficients_N.tolist()}")
     finite_N = torch.isfinite(gradients_NP).all(dim=1)
     if not bool(finite_N.all()):
         raise ValueError(
             f"gradients: expected finite numbers, found nan or inf in rows {torch.nonzero(~finite_N).flatten().tolist()}; "
             "leave those teachers out of this step"
         )
+
+
+def _checked_coefficients(coefficients_N: Tensor, num_teachers: int) -> NDArray[np.float64]:
+    if coefficients_N.shape != (num_teachers,):
+        raise ValueError(
+            f"coefficients: expected {num_teachers}, one per teacher, found shape {tuple(coefficients_N.shape)}"
+        )
+    if not bool(torch.isfinite(coefficients_N).all()) or bool((coefficients_N < 0).any()):
+        raise ValueError(f"coefficients: expected finite numbers >= 0, found {coefficients_N.tolist()}")
+    coefficients: NDArray[np.float64] = coefficients_N.detach().double().cpu().numpy()
+    return coefficients

@@ -61,6 +61,27 @@ def test_rows_of_all_files_arrive_once_in_order_and_bad_ones_are_quarantined(
     assert len(lines) == 1
 
 
+def test_a_row_that_the_teacher_cannot_take_is_quarantined_and_the_others_are_answered(teacher, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": f"r{n}", "question": "six " * (400 if n == 2 else 1)}) + "\n" for n in range(4))
+    )
+    for skip_rows in (0, 2):  # continued behind two answers, it neither repeats one nor leaves one out
+        answers = list(_stream([_work(path, skip_rows=skip_rows)], tmp_path))
+        assert [record.id for answer in answers for record in answer.records] == ["r0", "r1", "r3"][skip_rows:]
+        assert all(len(answer.result) == len(answer.records) for answer in answers)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine" / "long.jsonl.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == [3]
+    assert "at most 256 tokens of the teacher" in lines[0]["reason"]
+
+
+def test_too_many_rows_that_the_teacher_cannot_take_stop_the_stream(teacher, tmp_path):
+    path = tmp_path / "longer.jsonl"
+    path.write_text("".join(json.dumps({"question": "six " * (400 if n else 1)}) + "\n" for n in range(3)))
+    with pytest.raises(DataError, match=r"at most 10\.00% bad rows in .*, found 2 of 3 \(row 2: .*tokens of the"):
+        list(_stream([_work(path)], tmp_path, bad_share=0.1))
+
+
 def test_an_unreadable_file_is_its_own_clear_error(teacher, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nexus.data.collate import TokenBatch, collate, tokenise_rows
+from nexus.data.collate import TokenBatch, collate, length_check, tokenise_rows
 from nexus.data.records import Record, RowError
 from nexus.data.samples.teacher_tokenizers import make_character_tokenizer
 
@@ -143,3 +143,21 @@ def test_without_a_padding_token_another_id_hides_under_the_mask() -> None:
 def test_without_an_end_token_a_completion_ends_where_its_text_ends() -> None:
     row = tokenise_rows([record("a", "b")], word_tokenizer())[0]
     assert row.completion_ids.tolist() == [4]
+
+
+# --- what fits ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", [None, ("ab", "a==b", "a")])
+def test_the_length_check_refuses_exactly_what_collate_refuses(answers: tuple[str, ...] | None) -> None:
+    check = length_check(TOKENIZER, 10, answers=answers)
+    completion = "a+b=" if answers is None else None
+    longest = completion or "a==b"
+    for length in range(1, 5):  # with a line's end, the answer and the end of sequence at most 10
+        check(record("a" * length, completion))
+        collate([record("a" * length)], TOKENIZER, max_length=10, completions=[longest])
+    for length in range(5, 12):
+        with pytest.raises(RowError, match="expected 1 to 10 tokens"):
+            check(record("a" * length, completion))
+        with pytest.raises(RowError, match="expected 1 to 10 tokens"):
+            collate([record("a" * length)], TOKENIZER, max_length=10, completions=[longest])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import soundfile
 from PIL import Image
 
 from nexus.data.loader import RecordBatches, iter_records
-from nexus.data.media import DecodableBatches, add_noise, decodable, decode_audio, decode_image
+from nexus.data.media import UsableBatches, add_noise, decode_audio, decode_image, usable
 from nexus.data.quarantine import Quarantine, read_quarantine
+from nexus.data.records import Record, RowError
 from nexus.errors import DataError
 
 
@@ -171,27 +173,48 @@ def mixed_rows(tmp_path: Path) -> Path:
 def test_rows_whose_media_cannot_be_decoded_go_to_the_quarantine_with_the_reason(mixed_rows: Path) -> None:
     quarantine = Quarantine(mixed_rows.parent / "quarantine", 1.0)
     records = iter_records([mixed_rows], capability="any", quarantine=quarantine)
-    assert [record.prompt for record in decodable(records, quarantine)] == ["text", "good", "good", "not decoded here"]
+    assert [record.prompt for record in usable(records, quarantine)] == ["text", "good", "good", "not decoded here"]
     written = list(read_quarantine(mixed_rows.parent / "quarantine"))
     assert [row.row for row in written] == [3, 5]
     assert "cannot be decoded" in written[0].reason
     assert "expected an audio file" in written[1].reason
 
 
-def test_too_many_undecodable_rows_end_the_reading_of_their_file(mixed_rows: Path) -> None:
+def test_too_many_unusable_rows_end_the_reading_of_their_file(mixed_rows: Path) -> None:
     quarantine = Quarantine(None, 0.2)
     records = iter_records([mixed_rows], capability="any", quarantine=quarantine)
     with pytest.raises(DataError, match=r"at most 20\.00% bad rows .* found 2 of 6"):
-        list(decodable(records, quarantine))
+        list(usable(records, quarantine))
 
 
-def stream(path: Path, quarantine: Quarantine) -> DecodableBatches:
-    return DecodableBatches(
-        RecordBatches([path], capability="any", batch_size=3, seed=1, quarantine=quarantine), quarantine
+def refuse_text(record: Record) -> None:
+    if record.prompt == "text":
+        raise RowError("expected less, found 'text'")
+
+
+def test_rows_that_a_further_check_refuses_go_there_too(mixed_rows: Path) -> None:
+    quarantine = Quarantine(mixed_rows.parent / "quarantine", 1.0)
+    records = iter_records([mixed_rows], capability="any", quarantine=quarantine)
+    prompts = [record.prompt for record in usable(records, quarantine, refuse_text)]
+    assert prompts == ["good", "good", "not decoded here"]
+    written = {row.row: row.reason for row in read_quarantine(mixed_rows.parent / "quarantine")}
+    assert written[1] == "expected less, found 'text'"
+
+
+def stream(path: Path, quarantine: Quarantine, check: Callable[[Record], None] | None = None) -> UsableBatches:
+    return UsableBatches(
+        RecordBatches([path], capability="any", batch_size=3, seed=1, quarantine=quarantine), quarantine, check
     )
 
 
-def test_no_epoch_of_batches_holds_an_undecodable_row(mixed_rows: Path) -> None:
+def test_no_epoch_of_batches_holds_a_row_that_the_check_refused(mixed_rows: Path) -> None:
+    batches = stream(mixed_rows, Quarantine(mixed_rows.parent / "quarantine", 1.0), refuse_text)
+    for _ in range(3):
+        prompts = sorted(record.prompt for _ in range(2) for record in batches.next_batch())
+        assert prompts == ["good", "good", "not decoded here"]
+
+
+def test_no_epoch_of_batches_holds_an_unusable_row(mixed_rows: Path) -> None:
     batches = stream(mixed_rows, Quarantine(mixed_rows.parent / "quarantine", 1.0))
     for _ in range(3):
         prompts = sorted(record.prompt for _ in range(2) for record in batches.next_batch())

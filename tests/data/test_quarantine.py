@@ -59,6 +59,30 @@ def test_another_process_and_a_later_run_do_not_write_the_same_row_again(tmp_pat
     assert second.counts() == {"x.csv": 2}
 
 
+def test_a_row_is_listed_and_counted_once_however_its_file_is_spelt(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    folder = tmp_path / "quarantine"
+    spellings = ("data/x.csv", "./data/x.csv", tmp_path / "data" / "x.csv", "link/x.csv")
+    one = Quarantine(folder, 0.1)
+    for spelling in spellings:
+        one.add(spelling, 4, "r")
+        Quarantine(folder, 1.0).add(spelling, 4, "r")  # another process
+    assert entries(folder / "x.csv.jsonl") == [{"file": "data/x.csv", "row": 4, "reason": "r"}]
+    assert one.counts() == {"data/x.csv": 1}
+    for spelling in spellings:
+        with pytest.raises(DataError, match=r"found 1 of 9 \(row 4: r\)"):
+            one.check(spelling, 9)
+        assert Quarantine(folder, 1.0).knows(Record("id", "c", "p", source=Source(str(spelling), 4)))
+    assert not one.knows(Record("id", "c", "p", source=Source("other/x.csv", 4)))
+    # Two processes that write at the same moment leave a double.
+    line = json.dumps({"file": str(tmp_path / "data" / "x.csv"), "row": 4, "reason": "r"})
+    with (folder / "x.csv.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert list(read_quarantine(folder)) == [QuarantinedRow("data/x.csv", 4, "r")]
+
+
 def test_a_line_that_a_killed_process_left_half_written_spoils_no_other(tmp_path: Path) -> None:
     (tmp_path / "x.csv.jsonl").write_text('{"file": "x.csv", "row": 1, "reason": "r"}\n{"file": "x.c')
     Quarantine(tmp_path, 1.0).add("x.csv", 2, "s")

@@ -218,6 +218,24 @@ def test_whatever_a_command_raises_ends_in_one_line_and_an_exit_code(capsys, nam
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_machine_is_told_of_the_failure_as_one_json_object(capsys, name):
+    error, code, _ = VERDICTS[name]
+    assert guarded(raising(error), as_json=True) == code
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"error": told.err.removeprefix("nexus: ").rstrip("\n"), "exit_code": code}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "none"], ["report"], ["profil"], ["pipeline", "--config", "none.yaml"], ["doctor", "now"]]
+)
+def test_json_is_answered_with_json_even_by_a_mistake(nexus, arguments):
+    told = nexus(*arguments, "--json")
+    assert told.code == 2
+    assert told.document() == {"error": told.err.removeprefix("nexus: ").rstrip("\n"), "exit_code": 2}
+    assert "Expected" in told.err
+
+
 @pytest.mark.parametrize(("signum", "code"), [(2, 130), (15, 143)])
 def test_a_signal_s_exit_code_says_which_it_was_and_that_the_state_is_saved(capsys, signum, code):
     from actors.session import Interrupted

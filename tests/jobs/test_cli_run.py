@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,7 @@ DEADLINE_S = 240
 STEPS = 80
 POOL_ROWS = 200
 BROKEN_ROW = 5
+TEST_ROWS = 10
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -36,10 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     rows = pq.read_table(SAMPLES_DIR / "reasoning" / "pool.parquet").slice(0, POOL_ROWS).to_pylist()
     lines = [json.dumps(row) for row in rows]
-    few = [*lines[: BROKEN_ROW - 1], "{broken", *lines[BROKEN_ROW - 1 :]]
+    long = json.dumps({"question": "How many " + "apples are left " * 50})
+    few = [*lines[: BROKEN_ROW - 1], "{broken", *lines[BROKEN_ROW - 1 :], long]
     (folder / "few.jsonl").write_text("\n".join(few) + "\n")
     many = [line if number % 3 else "{broken" for number, line in enumerate(lines)]
     (folder / "many.jsonl").write_text("\n".join(many) + "\n")
+    held_out = pq.read_table(SAMPLES_DIR / "reasoning" / "test.parquet").slice(0, TEST_ROWS).to_pylist()
+    # The student takes it; the teacher has 256 positions.
+    held_out.append({"question": "How many " + "apples are left " * 90, "answer": "#### 1"})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     for name in ("few", "many"):
         document = {
             "name": name,
@@ -57,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "capability": "reasoning",
                     "pool": [f"{name}.jsonl"],
                     "labelled": ["samples:reasoning/labelled.parquet"],
-                    "test": ["samples:reasoning/test.parquet"],
+                    "test": ["test.jsonl"],
                     "towers": ["reasoning"],
                     "answer": "gsm8k",
                     "max_new_tokens": 32,
@@ -68,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "profile": {"max_samples": 8},
             "distill": {"steps": STEPS, "warmup_steps": 5, "learning_rate": 2.0e-3, "labels_only": False},
             "router": {"steps": 5, "max_rows": 40},
-            "evaluate": {"max_rows": 10, "bootstrap": 50, "num_samples": 1},
+            "evaluate": {"max_rows": TEST_ROWS + 1, "bootstrap": 50, "num_samples": 1},
             "cluster": {"num_cpus": 2, "object_store_mib": 80},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(document))
@@ -126,6 +133,11 @@ def steps_of(run: Path) -> list[int]:
     return [event["step"] for event in map(json.loads, lines) if event["kind"] == "step"]
 
 
+def quarantined(folder: Path, file: str) -> list[dict[str, Any]]:
+    lines = (folder / "out" / "quarantine" / f"{file}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def records_of(run: Path) -> dict[str, bytes]:
     return {path.stem: path.read_bytes() for path in (run / "stages").glob("*.json")}
 
@@ -174,10 +186,15 @@ def test_the_result_is_one_json_object_with_stages_metrics_and_bad_rows(folder, 
     document = json.loads(continued.out)
     assert tuple(document["stages"]) == STAGES
     assert Metrics.model_validate_json(json.dumps(document["metrics"])).retention["reasoning"].num_rows == 10
-    assert document["quarantined"] == {str(folder / "few.jsonl"): 1}
-    lines = (folder / "out" / "quarantine" / "few.jsonl.jsonl").read_text().splitlines()
-    assert {json.loads(line)["row"] for line in lines} == {BROKEN_ROW}
-    assert "1 bad row left out" in continued.err
+    # The teacher answered the long row, which with its answer is too long for the student.
+    answers = next(file for file in document["quarantined"] if file.endswith(".parquet"))
+    assert document["quarantined"] == {str(folder / "few.jsonl"): 1, answers: 1, str(folder / "test.jsonl"): 1}
+    assert {row["row"] for row in quarantined(folder, "few.jsonl")} == {BROKEN_ROW}
+    assert "expected 1 to 128 tokens" in quarantined(folder, Path(answers).name)[0]["reason"]
+    (held_out,) = quarantined(folder, "test.jsonl")
+    assert held_out["row"] == TEST_ROWS + 1
+    assert "at most 256 tokens of the teacher" in held_out["reason"]
+    assert "3 bad rows left out" in continued.err
     assert "Traceback" not in continued.err
 
 

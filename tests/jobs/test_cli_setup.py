@@ -192,6 +192,39 @@ def test_pulling_without_a_network_is_one_line(nexus, tmp_path):
     assert "Did you mean" in nexus("teachers", "pull", "qwen2.5-0.5b", "qwen2.5-0.6b").complaint()
 
 
+KEYS = [
+    "id", "status", "reason", "role", "quantised", "quantised_share", "quantisable_share", "bits_per_param", "targets", "seconds",
+]  # fmt: skip
+
+
+def test_teachers_are_checked_tiny_for_people_and_for_machines(nexus):
+    told = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-0.5b,sd3-medium", "--json")
+    assert told.code == 0
+    fine, needing = json.loads(told.out)
+    assert list(fine) == list(needing) == KEYS
+    assert (fine["id"], fine["status"], fine["quantised"], fine["targets"]) == (
+        "qwen2.5-0.5b", "ok", True, ["tokens", "hidden", "text"]
+    )  # fmt: skip
+    assert (needing["id"], needing["status"], needing["targets"]) == ("sd3-medium", "needs", [])
+    lines = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-omni-7b,step3-vl-10b").out.splitlines()
+    assert "ok (floating point; tokens, hidden, text)" in lines[0]
+    assert "needs: the repository's own Python files" in lines[1]
+    assert lines[2] == "1 of 2 ok, 1 with needs, 0 failed"
+
+
+def test_a_teacher_that_fails_its_check_is_the_exit_code(nexus, tmp_path):
+    folder = tmp_path / "m" / "qwen2.5-0.5b"
+    folder.mkdir(parents=True)
+    told = nexus("teachers", "check", "--teachers", "qwen2.5-0.5b", "--models-dir", folder.parent)
+    assert told.code == 1
+    assert "failed: Expected config.json in" in told.out
+
+
+def test_checking_what_is_unknown_or_contradictory_is_one_line(nexus, tmp_path):
+    assert "Did you mean" in nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-0.6b").complaint()
+    assert "without --tiny" in nexus("teachers", "check", "--tiny", "--models-dir", tmp_path).complaint()
+
+
 # --- doctor ---------------------------------------------------------------------------------------------------------------------
 
 

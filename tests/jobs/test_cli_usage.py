@@ -18,7 +18,7 @@ from jobs.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("profile", "extract", "distill", "route", "evaluate", "export", "pipeline")
 COMMANDS = (("quickstart",), *((stage,) for stage in STAGES), ("report",), ("generate",), ("doctor",), ("init",))
-TEACHERS = (("teachers", "list"), ("teachers", "show"), ("teachers", "pull"))
+TEACHERS = (("teachers", "list"), ("teachers", "show"), ("teachers", "pull"), ("teachers", "check"))
 
 
 def options_of(*command: str) -> set[str]:

@@ -285,3 +285,13 @@ def lookup_task() -> LookupTask:
         LOOKUP_CRITICAL_LAYER,
         tokens,
     )
+
+
+@pytest.fixture(scope="session")
+def planted_text_models() -> dict[str, PreTrainedModel]:
+    """One model of each architecture, whose blocks may be changed in a copy."""
+    models = {}
+    for name, build in (("qwen3", build_qwen3), ("gemma3", build_gemma3), ("glm4_moe", build_glm4_moe)):
+        torch.manual_seed(0)
+        models[name] = build().eval()
+    return models

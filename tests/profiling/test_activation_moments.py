@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from nexus.profiling.activation import ActivationMoments
+from nexus.profiling.activation import ActivationMoments, MeanUpdate, important_dimensions
 
 
 @pytest.fixture
@@ -76,3 +76,29 @@ def test_half_precision_states_are_summed_in_float64():
     states = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)
     assert ActivationMoments.of(states).abs_sum_D.tolist() == [4096]
     assert ActivationMoments.of(states).abs_sum_D.dtype == np.float64
+
+
+def test_dimensions_have_their_own_moments(states_ND):
+    states_ND[:, 2] = 4.0
+    found = ActivationMoments.of(states_ND).per_dimension()
+    values = states_ND.numpy()
+    varies = np.arange(6) != 2
+    np.testing.assert_allclose(found["mean"], values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["variance"], values.var(0), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(found["abs_max"], np.abs(values).max(0), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["kurtosis"][varies], stats.kurtosis(values[:, varies], axis=0, fisher=False), rtol=1e-5
+    )
+    assert found["kurtosis"][2] == 0
+    assert not found["importance_mask"][2]
+
+
+def test_important_dimensions_are_the_fewest_that_hold_the_share():
+    assert important_dimensions(np.array([1.0, 90.0, 4.0, 5.0])).tolist() == [False, True, False, True]
+    assert important_dimensions(np.array([2.0, 2.0]), share=0.5).tolist() == [True, False]
+    assert not important_dimensions(np.zeros(3)).any()
+
+
+def test_mean_updates_merge_to_the_mean_of_all(states_ND):
+    merged = reduce(MeanUpdate.merge, [MeanUpdate.of(chunk) for chunk in states_ND.split([3, 120, 77])])
+    np.testing.assert_allclose(merged.mean_D, states_ND.numpy().mean(0), rtol=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus.artifacts import NIWTProfile
 from nexus.errors import ProfilingError
-from nexus.profiling.activation import ActivationMoments
+from nexus.profiling.activation import ActivationMoments, MeanUpdate
 from nexus.profiling.consolidation import BatchMeasurement, consolidate, merge_measurements
 from nexus.profiling.niwt import NIWTProfiler, ProfileBatch
 from nexus.profiling.spectral import Comoment, intrinsic_dimension
@@ -171,9 +171,13 @@ def synthetic(delta_LB, metric="delta_nll") -> BatchMeasurement:
         token_counts_B=np.ones(delta.shape[1], dtype=np.int64),
         clean_nll_B=None,
         delta_LB=delta,
+        kl_LB=None,
+        cosine_drop_LB=None,
         correct_VB=None,
         moments_L=(ActivationMoments.of(states),) * len(delta),
         comoments_L=(Comoment.of(states),) * len(delta),
+        updates_L=(MeanUpdate.of(states),) * len(delta),
+        probe=None,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexus.profiling.spectral import Comoment, intrinsic_dimension, participation_ratio
+from nexus.profiling.spectral import Comoment, effective_rank, intrinsic_dimension, participation_ratio
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -73,3 +73,23 @@ def test_states_that_never_vary_have_no_dimension():
     eigenvalues = Comoment.of(torch.ones(5, 3)).eigenvalues()
     assert intrinsic_dimension(eigenvalues) == 0
     assert participation_ratio(eigenvalues) == 0
+    assert effective_rank(eigenvalues) == 0
+    assert Comoment.of(torch.ones(5, 3)).subspace().basis_KD.shape == (0, 3)
+
+
+def test_effective_rank_counts_even_directions():
+    assert effective_rank(np.array([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
+    assert effective_rank(np.array([5.0, 0.0])) == pytest.approx(1)
+
+
+def test_the_subspace_has_the_leading_eigenvectors_with_a_fixed_sign():
+    states = normal(300, 5) @ normal(5, 5, seed=1)
+    subspace = Comoment.of(states).subspace(share=0.8)
+    covariance_DD = np.cov(states.numpy().T, bias=True)
+    rank = len(subspace.basis_KD)
+    assert rank == intrinsic_dimension(subspace.eigenvalues_D, 0.8)
+    np.testing.assert_allclose(
+        subspace.basis_KD @ covariance_DD @ subspace.basis_KD.T, np.diag(subspace.eigenvalues_D[:rank]), atol=1e-10
+    )
+    largest_K = np.take_along_axis(subspace.basis_KD, np.abs(subspace.basis_KD).argmax(1)[:, None], axis=1)
+    assert (largest_K > 0).all()

@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from nexus.config import SAMPLES_DIR
 from nexus.errors import ConfigError
 from nexus.profiling.layers import find_blocks
 from nexus.towers.blocks import block_width, recorded_blocks
 from nexus.towers.causal_lm import (
+    answer_rows,
     completion_logits,
     end_token_ids,
     generate_greedily,
@@ -356,6 +358,31 @@ def test_no_prompts_give_no_answers(qwen: LoadedTower) -> None:
 def test_prompts_that_cannot_be_answered_are_named(qwen: LoadedTower) -> None:
     with pytest.raises(RowsError, match="Found 2 bad rows: prompt 1: 0 tokens; prompt 2: 100 tokens"):
         generate_greedily(qwen.model, qwen.tokenizer, ["a", "", "b" * 91], max_new_tokens=8)
+
+
+def test_rows_that_cannot_be_answered_are_named_by_their_ids(qwen: LoadedTower) -> None:
+    answers = answer_rows(qwen.model, qwen.tokenizer, ["x", "y"], PROMPTS[:2], max_new_tokens=8)
+    assert answers == generate_greedily(qwen.model, qwen.tokenizer, PROMPTS[:2], max_new_tokens=8)
+    with pytest.raises(RowsError) as caught:
+        answer_rows(qwen.model, qwen.tokenizer, ["x", "y", "z"], ["a", "", "b" * 91], max_new_tokens=8)
+    assert caught.value.reasons == {"y": "0 tokens", "z": "100 tokens"}
+
+
+def test_an_answer_that_is_longer_once_it_is_text_is_refused_where_the_model_could_not_score_it() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLES_DIR / "teachers" / "sample-reasoning")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    # Always one of two bytes that are no text alone: as text each becomes a replacement character, which has three bytes.
+    first, second = (tokenizer.convert_tokens_to_ids(token) for token in ("Ģ", "ģ"))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[first, 0], model.lm_head.weight[second, 0] = 1.0, -1.0
+    assert len(answer_rows(model, tokenizer, ["x"], ["six"], max_new_tokens=4)) == 1
+    with pytest.raises(RowsError, match=r"at most 32 tokens of the teacher; .* Found 1 bad rows: x: \d\d tokens"):
+        answer_rows(model, tokenizer, ["x"], ["six"], max_new_tokens=20)
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(

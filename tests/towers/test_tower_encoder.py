@@ -167,11 +167,11 @@ def test_media_that_cannot_be_decoded_are_named_with_the_reason(tower: LoadedTow
     assert "found 19 bytes that cannot be decoded" in caught.value.reasons["row-1"]
 
 
-def test_video_is_refused_with_the_reason() -> None:
+def test_rows_that_are_no_clips_are_named_by_an_encoder_of_video() -> None:
     config = VideoMAEConfig(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, num_frames=2
     )
-    with pytest.raises(ConfigError, match="VideoMAEModel, which takes video"):
+    with pytest.raises(RowsError, match="Found 1 bad rows: a: expected a clip"):
         prepare_inputs(VideoMAEModel(config), None, ["a"], [b""], None)
 
 

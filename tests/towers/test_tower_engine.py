@@ -106,7 +106,7 @@ def test_requests_that_do_not_fit_the_role_are_refused(
         engine(qwen).score(replace(text, completions=None))
     with pytest.raises(ConfigError, match="rows of text for the language model 'tiny', found media"):
         engine(qwen).score(replace(text, media=(png(0),)))
-    with pytest.raises(ConfigError, match="Expected media for the encoder 'tiny'"):
+    with pytest.raises(ConfigError, match="Expected media for the teacher 'tiny' of role encoder"):
         engine(siglip).score(replace(media_request((png(0),)), media=None))
     with pytest.raises(ConfigError, match="found the encoder 'tiny'"):
         engine(siglip).generate(["a"], max_new_tokens=3)

@@ -230,17 +230,19 @@ def plan(model: Any, **changes: Any) -> QuantisationPlan:
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 
 
-def test_fused_experts_are_refused_because_nf4_does_not_reach_them(text_config: dict[str, Any]) -> None:
+def test_fused_experts_are_planned_and_experts_of_another_form_are_refused(text_config: dict[str, Any]) -> None:
     model = on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(**text_config, **MOE))
-    with pytest.raises(
-        TowerLoadError, match=r"reach the experts of teacher 'tiny'.*3 modules, 74%.*model\.layers\.0\.mlp\.experts"
-    ):
-        plan(model, min_coverage=0.0)
+    planned = plan(model, min_coverage=0.7)
+    assert planned.experts == tuple(f"model.layers.{layer}.mlp.experts" for layer in range(3))
+    model.model.layers[1].mlp.experts.is_transposed = True
+    with pytest.raises(TowerLoadError, match=r"teacher 'tiny', found 'model\.layers\.1\.mlp\.experts': .*transposed"):
+        plan(model, min_coverage=0.7)
 
 
 def test_experts_that_the_policy_leaves_in_floating_point_are_gated_by_the_share(text_config: dict[str, Any]) -> None:
     model = on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(**text_config, **MOE))
-    with pytest.raises(TowerLoadError, match="Lower its min_coverage"):
+    left = r"left in floating point: model\.layers\.0\.mlp\.experts \(49,152\), .*Lower its min_coverage"
+    with pytest.raises(TowerLoadError, match=left):
         plan(model, skip_modules=("mlp.experts",))
     assert "model.layers.0.self_attn.q_proj" in plan(model, skip_modules=("mlp.experts",), min_coverage=0.1).matrices
 
@@ -333,6 +335,16 @@ def test_a_matrix_that_is_far_from_its_original_is_refused() -> None:
     }
     with pytest.raises(TowerLoadError, match=r"below 0\.12 in every matrix, found 1\.\d+ in 'second'"):
         measure_coverage(model, PAIR, stored_wrongly.__getitem__, teacher_id="tiny")
+
+
+def test_a_matrix_without_an_original_needs_the_error_of_its_packing() -> None:
+    model = Pair()
+    with pytest.raises(TowerLoadError, match=r"original of 'first' of teacher 'tiny'.*skip_modules"):
+        measure_coverage(model, PAIR, {}.get, teacher_id="tiny")
+    for index, module in enumerate((model.first, model.second, model.third)):
+        module.packing_error = 0.01 * index
+    errors = [m.weight_error for m in measure_coverage(model, PAIR, {}.get, teacher_id="tiny").modules]
+    assert errors == [0.0, 0.01, 0.02]
 
 
 def test_not_a_number_is_no_small_error() -> None:

@@ -235,6 +235,7 @@ def test_registry_teacher_in_the_models_folder(registry: TeacherRegistry, tmp_pa
         "min_coverage": 0.1,
         "unused_weights": (),
         "remote_code": False,
+        "base_path": None,
     }
     assert pickle.loads(pickle.dumps(spec)) == spec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -20,9 +21,15 @@ from nexus.training.divergence import (
     kd_loss,
     mixture_kl,
     reverse_kl,
+    sampled_kl,
     skewed_kl,
     skewed_reverse_kl,
+    topk_tail_jsd,
     topk_tail_kl,
+    topk_tail_mixture_kl,
+    topk_tail_reverse_kl,
+    topk_tail_skewed_kl,
+    topk_tail_skewed_reverse_kl,
 )
 
 B, T, V = 2, 5, 11
@@ -60,6 +67,26 @@ def with_topk(function: Dense, k: int) -> Dense:
     return divergence
 
 
+def topk_jsd(beta: float) -> Dense:
+    return functools.partial(topk_tail_jsd, beta=beta)
+
+
+def topk_mixture_of_one(
+    student: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    mask: Tensor,
+    *,
+    num_loss_tokens: int,
+    temperature: float,
+    tail_logprob_BT: Tensor,
+) -> Tensor:
+    """Takes no tail: it computes 1 - (kept mass)."""
+    return topk_tail_mixture_kl(
+        student, ids[None], logprobs[None], [1.0], mask, num_loss_tokens=num_loss_tokens, temperature=temperature
+    )
+
+
 def top(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The k best ids, their log-probabilities and the exact log of the rest, as a teacher would send them."""
     wide = torch.promote_types(teacher.dtype, torch.float32)
@@ -80,8 +107,21 @@ DENSE: dict[str, Dense] = {
     "distill": distill_divergence,
     "mixture": mixture_of_one,
 }
-ALL = {**DENSE, "topk_4": with_topk(topk_tail_kl, 4), "distill_topk_4": with_topk(distill_divergence_topk, 4)}
-BOUNDED = ("jsd_0.3", "skewed_kl", "skewed_reverse_kl", "distill", "distill_topk_4")
+TOPK: dict[str, Dense] = {
+    "forward_kl": topk_tail_kl,
+    "reverse_kl": topk_tail_reverse_kl,
+    "jsd_0": topk_jsd(0.0),
+    "jsd_0.3": topk_jsd(0.3),
+    "jsd_1": topk_jsd(1.0),
+    "skewed_kl": topk_tail_skewed_kl,
+    "skewed_reverse_kl": topk_tail_skewed_reverse_kl,
+    "distill": distill_divergence_topk,
+    "mixture": topk_mixture_of_one,
+}
+"""The k+1-bin form of every dense divergence."""
+ALL = {**DENSE, **{f"{name}_topk_4": with_topk(sparse, 4) for name, sparse in TOPK.items()}}
+BOUNDED = ("jsd_0.3", "skewed_kl", "skewed_reverse_kl", "distill")
+BOUNDED += tuple(f"{name}_topk_4" for name in BOUNDED)
 
 every = pytest.mark.parametrize("divergence", ALL.values(), ids=ALL.keys())
 every_dense = pytest.mark.parametrize("divergence", DENSE.values(), ids=DENSE.keys())
@@ -351,20 +391,20 @@ def test_mass_where_the_other_model_forbids_it_is_infinite(mask: Tensor) -> None
 # Top-k with a tail.
 
 
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_topk_equals_the_dense_divergence_at_k_v_and_rises_to_it(temperature: float, mask: Tensor) -> None:
+def test_topk_equals_the_dense_divergence_at_k_v_and_rises_to_it(name: str, temperature: float, mask: Tensor) -> None:
     student, teacher = logits(29), logits(30)
-    for sparse, dense in ((topk_tail_kl, forward_kl), (distill_divergence_topk, distill_divergence)):
-        full = dense(student, teacher, mask, num_loss_tokens=6, temperature=temperature).item()
-        values = [
-            with_topk(sparse, k)(student, teacher, mask, num_loss_tokens=6, temperature=temperature).item()
-            for k in range(1, V + 1)
-        ]
-        assert values[-1] == pytest.approx(full, rel=1e-12)
-        # One id outside the kept ones makes the tail that id.
-        assert values[-2] == pytest.approx(full, rel=1e-12)
-        assert all(low <= high + 1e-12 for low, high in itertools.pairwise(values))
-        assert values[0] > 0.0
+    full = DENSE[name](student, teacher, mask, num_loss_tokens=6, temperature=temperature).item()
+    values = [
+        with_topk(TOPK[name], k)(student, teacher, mask, num_loss_tokens=6, temperature=temperature).item()
+        for k in range(1, V + 1)
+    ]
+    assert values[-1] == pytest.approx(full, rel=1e-12)
+    # One id outside the kept ones makes the tail that id.
+    assert values[-2] == pytest.approx(full, rel=1e-12)
+    assert all(low <= high + 1e-12 for low, high in itertools.pairwise(values))
+    assert values[0] > 0.0
 
 
 def test_topk_equals_the_reference_over_k_plus_one_bins(mask: Tensor) -> None:
@@ -547,6 +587,165 @@ def test_mixture_refuses_weights_that_are_no_weights(weights: list[float], mask:
 def test_mixture_refuses_teachers_of_another_vocabulary(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="one tokenizer"):
         mixture_kl(logits(52), logits(53)[None, ..., :-1], [1.0], mask, num_loss_tokens=6, temperature=1.0)
+
+
+def topk_of_each(teachers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    kept = [top(teacher, k, 1.0) for teacher in teachers]
+    return torch.stack([ids for ids, _, _ in kept]), torch.stack([logprobs for _, logprobs, _ in kept])
+
+
+def test_a_topk_mixture_bins_the_ids_that_all_teachers_kept(mask: Tensor) -> None:
+    student, weights = logits(70), np.array([0.5, 0.3, 0.2])
+    # Similar teachers, in another order of ids each, keep some ids in common and some not.
+    teachers = torch.stack([logits(71) + 0.4 * logits(72 + n) for n in range(3)])
+    ids, logprobs = topk_of_each(teachers, 6)
+    value = topk_tail_mixture_kl(student, ids, logprobs, weights, mask, num_loss_tokens=6, temperature=1.0)
+    expected, num_common = 0.0, []
+    for b, t in mask.nonzero().tolist():
+        q = np.exp(log_softmax(student[b, t].numpy()))
+        p = weights @ np.exp(log_softmax(teachers[:, b, t].numpy(), axis=-1))
+        common = sorted(set.intersection(*(set(ids[n, b, t].tolist()) for n in range(3))))
+        num_common.append(len(common))
+        bins_p, bins_q = (np.append(d[common], 1.0 - d[common].sum()) for d in (p, q))
+        expected += float(rel_entr(bins_p, bins_q).sum())
+    assert 0 < min(num_common) < max(num_common) < 6  # the case is not a trivial one
+    assert value.item() == pytest.approx(expected / 6, rel=1e-10)
+    assert value.item() < mixture_kl(student, teachers, weights, mask, num_loss_tokens=6, temperature=1.0).item()
+
+
+def test_a_topk_mixture_that_keeps_everything_is_the_dense_mixture(mask: Tensor) -> None:
+    student, weights = logits(75).requires_grad_(), [2.0, 1.0, 0.0]
+    teachers = torch.stack([logits(76), logits(77), logits(78)])
+    ids, logprobs = topk_of_each(teachers, V)
+    # The third teacher has no weight: its ids neither narrow the common ones nor are they read.
+    ids[2], logprobs[2] = -1, math.nan
+    losses = (
+        topk_tail_mixture_kl(student, ids, logprobs, weights, mask, num_loss_tokens=6, temperature=1.0),
+        mixture_kl(student, teachers, weights, mask, num_loss_tokens=6, temperature=1.0),
+    )
+    sparse, dense = (torch.autograd.grad(loss, student)[0] for loss in losses)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-14)
+
+
+def test_a_topk_mixture_refuses_what_no_teacher_can_have_sent(mask: Tensor) -> None:
+    student = logits(79)
+    ids, logprobs = topk_of_each(torch.stack([logits(80), logits(81)]), 3)
+    settings = {"num_loss_tokens": 6, "temperature": 1.0}
+    with pytest.raises(ValueError, match=r"one shape \[teachers"):
+        topk_tail_mixture_kl(student, ids[:1], logprobs, [1.0, 1.0], mask, **settings)
+    with pytest.raises(ValueError, match="weights: expected 2"):
+        topk_tail_mixture_kl(student, ids, logprobs, [1.0], mask, **settings)
+    with pytest.raises(ValueError, match="expected ids from 0 to 10"):
+        topk_tail_mixture_kl(student, ids + V, logprobs, [1.0, 1.0], mask, **settings)
+    with pytest.raises(ValueError, match="log_softmax"):
+        topk_tail_mixture_kl(student, ids, logprobs + 5.0, [1.0, 1.0], mask, **settings)
+
+
+# Draws.
+
+
+def draws(
+    teacher: Tensor, num_draws: int, seed: int, *, proposal: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids drawn from softmax(proposal or teacher), and the log-probabilities of both at them."""
+    log_p = torch.log_softmax(teacher, dim=-1)
+    log_r = log_p if proposal is None else torch.log_softmax(proposal, dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(log_r.exp().flatten(0, -2), num_draws, replacement=True, generator=generator)
+    ids = ids.view(*teacher.shape[:-1], num_draws)
+    return ids, log_p.gather(-1, ids), log_r.gather(-1, ids)
+
+
+@pytest.mark.parametrize("from_proposal", [False, True])
+def test_draws_give_the_dense_value_and_gradient_in_expectation(from_proposal: bool, mask: Tensor) -> None:
+    """Exactly: the sum over every id of its probability of being drawn times the estimate from that one draw."""
+    student, teacher = logits(82).requires_grad_(), logits(83)
+    log_p = torch.log_softmax(teacher, dim=-1)
+    log_r = torch.log_softmax(logits(84, scale=1.0), dim=-1) if from_proposal else log_p
+    # One position at a time, so that one id is drawn for it.
+    value, gradient = 0.0, torch.zeros_like(student)
+    for position in mask.nonzero():
+        only = torch.zeros_like(mask)
+        only[tuple(position)] = True
+        for token in range(V):
+            loss = sampled_kl(
+                student,
+                torch.full((B, T, 1), token),
+                log_p[..., token : token + 1],
+                only,
+                num_loss_tokens=6,
+                temperature=1.0,
+                proposal_logprobs_BTS=log_r[..., token : token + 1] if from_proposal else None,
+            )
+            chance = log_r[tuple(position)][token].exp().item()
+            value += chance * loss.item()
+            gradient += chance * torch.autograd.grad(loss, student)[0]
+    dense = forward_kl(student, teacher, mask, num_loss_tokens=6, temperature=1.0)
+    assert value == pytest.approx(dense.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(dense, student)[0], rtol=1e-10, atol=1e-14)
+
+
+def test_many_draws_converge_and_a_kept_share_does_not(mask: Tensor) -> None:
+    student, teacher = logits(85), logits(86)
+    settings = {"num_loss_tokens": 6, "temperature": 1.0}
+    dense = forward_kl(student, teacher, mask, **settings).item()
+    for proposal in (None, 0.8 * teacher):
+        ids, log_p, log_r = draws(teacher, 20000, 0, proposal=proposal)
+        sent = None if proposal is None else log_r
+        value = sampled_kl(student, ids, log_p, mask, **settings, proposal_logprobs_BTS=sent).item()
+        # The standard error of 6 x 20,000 draws of a spread of about 5 nats is 0.015.
+        assert value == pytest.approx(dense, abs=0.06)
+    assert with_topk(topk_tail_kl, 1)(student, teacher, mask, **settings).item() < dense - 0.06
+
+
+def test_draws_of_a_certain_and_wrong_student_give_the_full_gradient() -> None:
+    teacher = torch.zeros(1, 1, V, dtype=torch.float64)
+    teacher[..., 0] = 40.0
+    student = teacher.roll(1, dims=-1).requires_grad_()
+    ids, log_p, _ = draws(teacher, 4, 1)
+    sampled_kl(student, ids, log_p, torch.ones(1, 1), num_loss_tokens=1, temperature=1.0).backward()
+    assert student.grad is not None
+    assert student.grad[0, 0, :2].tolist() == pytest.approx([-1.0, 1.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("poison", [INF, math.nan])
+def test_unscored_draws_cannot_change_loss_or_gradient(poison: float, mask: Tensor) -> None:
+    teacher = logits(87)
+    ids, log_p, log_r = draws(teacher, 5, 2)
+    results = []
+    for fill in (0.0, poison):
+        student = logits(88).masked_fill(~mask[..., None], fill).requires_grad_()
+        unscored = ~mask[..., None]
+        loss = sampled_kl(
+            student,
+            ids.masked_fill(unscored, -1),
+            log_p.masked_fill(unscored, fill),
+            mask,
+            num_loss_tokens=6,
+            temperature=2.0,
+            proposal_logprobs_BTS=log_r.masked_fill(unscored, fill),
+        )
+        loss.backward()
+        results.append((loss.detach(), student.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert bool(results[0][1][mask].any())
+    nothing = sampled_kl(student, ids, log_p, torch.zeros_like(mask), num_loss_tokens=6, temperature=2.0)
+    nothing.backward()
+    assert nothing.item() == 0.0
+
+
+def test_draws_that_cannot_be_a_teachers_are_refused(mask: Tensor) -> None:
+    ids, log_p, log_r = draws(logits(89), 5, 3)
+    settings = {"num_loss_tokens": 6, "temperature": 1.0}
+    for wrong in ((ids[..., :4], log_p), (ids[..., :0], log_p[..., :0]), (ids[:, :-1], log_p[:, :-1])):
+        with pytest.raises(ValueError, match="draws: expected ids and log-probabilities"):
+            sampled_kl(logits(90), *wrong, mask, **settings)
+    with pytest.raises(ValueError, match="draws: expected ids and log-probabilities"):
+        sampled_kl(logits(90), ids, log_p, mask, **settings, proposal_logprobs_BTS=log_r[..., :1])
+    with pytest.raises(ValueError, match="expected ids from 0 to 10"):
+        sampled_kl(logits(90), ids + V, log_p, mask, **settings)
 
 
 # Temperature and refusals.

@@ -19,6 +19,7 @@ from nexus.training.recovery import RecoveryConfig, SampleQuarantine
 
 SETTINGS = LoopSettings(
     steps=8,
+    optimizer="adamw",
     learning_rate=3e-3,
     warmup_steps=2,
     weight_decay=0.01,
@@ -190,23 +191,45 @@ def test_the_run_is_reproducible(spec, tokenizer):
     _assert_equal(_weights(first), _weights(second))
 
 
-@pytest.mark.parametrize(("method", "taught"), [("none", True), ("upgrad", True), ("none", False)])
-def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, method, taught):
-    undisturbed, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
+@pytest.mark.parametrize(
+    ("changes", "taught"),
+    [
+        ({}, True),
+        ({"surgery_method": "upgrad"}, True),
+        ({}, False),
+        ({"optimizer": "muon"}, True),
+    ],
+)
+def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, changes, taught):
+    undisturbed, _ = _loop(spec, tokenizer, taught=taught, **changes)
     _run(undisturbed)
     saved = []
-    stopped, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
+    stopped, _ = _loop(spec, tokenizer, taught=taught, **changes)
     finished, _ = _run(stopped, stop_after=4, saved=saved)
     assert not finished
     step, weights, state = saved[-1]
     assert step == 4
-    resumed, _ = _loop(spec, tokenizer, surgery_method=method, taught=taught)
+    resumed, _ = _loop(spec, tokenizer, taught=taught, **changes)
     resumed.objective.load_state_dict(weights)
     resumed.load_state_dict(state)
     finished, reports = _run(resumed)
     assert finished
     assert reports[0].step == 4
     _assert_equal(_weights(resumed), _weights(undisturbed))
+
+
+def test_muon_moves_the_inner_matrices_and_adamw_the_embeddings_and_the_maps_to_teachers(spec, tokenizer):
+    loop, _ = _loop(spec, tokenizer, optimizer="muon")
+    names = {id(parameter): name for name, parameter in loop.objective.named_parameters()}
+    muon, decayed, rest = ([names[id(p)] for p in group["params"]] for group in loop.optimizer.param_groups)
+    assert "student.core.layers.0.mlp.gate_proj.weight" in muon
+    assert "student.core.ports.1.q_proj.weight" in muon
+    assert any(name.startswith("student.adapters.vision") for name in muon)
+    assert not [name for name in muon if "alignment" in name or "embed_tokens" in name or "bias" in name]
+    assert "student.core.embed_tokens.weight" in decayed
+    assert [name for name in decayed if "adapters" in name and "alignments" in name]
+    assert sorted([*muon, *decayed, *rest]) == sorted(names.values())
+    assert [group["weight_decay"] for group in loop.optimizer.param_groups] == [0.01, 0.01, 0.0]
 
 
 def test_a_run_stopped_before_its_first_step_saves_nothing(spec, tokenizer):
@@ -244,7 +267,8 @@ def test_a_nan_is_skipped_without_costing_a_step_and_changes_nothing(spec, token
     assert loop.step == 8
 
 
-def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, tokenizer):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, tokenizer, optimizer):
     recovery = RecoveryConfig(flags_to_rollback=1, certify_steps=1, suspect_margin=0, warmup=4, window=8)
     loop, source = _loop(
         spec,
@@ -254,6 +278,7 @@ def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, t
         spike=Spike(12, "scale", 1e6),
         recovery=recovery,
         learning_rate=1e-4,
+        optimizer=optimizer,
     )
     finished, reports = _run(loop)
     assert finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from nexus.training.loss import (
     Mode,
     SurgeryLoss,
     apply_surgery,
+    reapply_surgery,
     teacher_gradients,
 )
-from nexus.training.surgery import combine
+from nexus.training.surgery import Method, combine
 
 NAMES = ("audio", "code", "reasoning", "vision")
 
@@ -430,3 +432,82 @@ def test_half_precision_parameters_get_half_precision_gradients() -> None:
     apply_surgery(losses, loss(losses), loss.baselines, [weight], method="upgrad")
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
+
+
+def prepared(
+    *, ramp_steps: int = 0
+) -> tuple[nn.Parameter, nn.Parameter, dict[str, Tensor], GradientSurgeryLoss, SurgeryLoss]:
+    shared, bias, _, losses = two_headed()
+    loss = GradientSurgeryLoss(
+        {"audio": 1.0, "code": 3.0}, ramp_steps=ramp_steps, baselines={"audio": 1.0, "code": 1.0}
+    )
+    return shared, bias, losses, loss, loss(losses)
+
+
+def test_surgery_reports_the_cosines_and_the_weights_it_used() -> None:
+    shared, bias, losses, loss, result = prepared()
+    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method="upgrad")
+    assert outcome is not None
+    gradients = teacher_gradients(losses, loss.baselines, [shared, bias]).double()
+    cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0).item()
+    assert cosine < 0.0
+    assert outcome.teachers == ("audio", "code")
+    assert outcome.cosines["audio"]["code"] == pytest.approx(cosine, rel=1e-6)
+    assert outcome.cosines["code"]["code"] == pytest.approx(1.0)
+    assert outcome.plan.conflicts == 1
+    assert not outcome.pareto_stationary
+    written = torch.cat([shared.grad.reshape(-1), bias.grad])  # type: ignore[union-attr, list-item]
+    weights = torch.tensor([outcome.factors[name] for name in outcome.teachers], dtype=torch.float64)
+    torch.testing.assert_close(written, (weights @ gradients).float())
+    assert all(outcome.factors[name] >= result.coefficients[name] for name in outcome.teachers)  # upgrad only adds
+
+
+def test_teachers_that_cancel_take_no_step_and_are_reported() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    losses = {"audio": weight.sum(), "code": 8.0 - weight.sum()}
+    loss = GradientSurgeryLoss({"audio": 1.0, "code": 1.0}, ramp_steps=0, baselines={"audio": 1.0, "code": 1.0})
+    outcome = apply_surgery(losses, loss(losses), loss.baselines, [weight], method="upgrad")
+    assert outcome is not None
+    assert outcome.pareto_stationary
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_a_gradient_that_is_not_finite_is_left_for_the_recovery_step() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    # The norm of zeros: a finite loss whose gradient is not.
+    losses = {"audio": weight.square().sum().sqrt() + 1.0, "code": (weight - 1.0).square().sum()}
+    loss = GradientSurgeryLoss({"audio": 1.0, "code": 1.0}, ramp_steps=0, baselines={"audio": 1.0, "code": 1.0})
+    result = loss(losses)
+    assert result.excluded == ()
+    result.loss.backward(retain_graph=True)
+    assert weight.grad is not None
+    plain = weight.grad
+    assert apply_surgery(losses, result, loss.baselines, [weight], method="upgrad") is None
+    assert weight.grad is plain
+    assert not bool(torch.isfinite(plain).all())
+
+
+@pytest.mark.parametrize("method", ["none", "upgrad", "pcgrad"])
+def test_surgery_applied_again_equals_surgery_while_the_gradients_stay(method: Method) -> None:
+    shared, bias, losses, loss, result = prepared()
+    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method=method)
+    assert outcome is not None
+    # Other coefficients on the next step, the same gradients.
+    later = replace(result, coefficients={"audio": 0.9, "code": 0.1})
+    apply_surgery(losses, later, loss.baselines, [shared, bias], method=method)
+    expected = [parameter.grad for parameter in (shared, bias)]
+    assert reapply_surgery(losses, later, loss.baselines, [shared, bias], outcome=outcome)
+    for parameter, gradient in zip((shared, bias), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+        assert parameter.grad is not gradient
+
+
+def test_surgery_is_not_applied_again_to_other_teachers() -> None:
+    shared, bias, losses, loss, result = prepared()
+    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method="upgrad")
+    assert outcome is not None
+    written = shared.grad
+    alone = loss({"code": losses["code"]})
+    assert not reapply_surgery(losses, alone, loss.baselines, [shared, bias], outcome=outcome)
+    assert shared.grad is written

@@ -455,7 +455,7 @@ def test_before_a_snapshot_is_certified_nothing_is_rolled_back() -> None:
     assert feed(recovery, [(math.nan, 1.0)] * 3)[-1] == "rollback"
 
 
-def test_during_the_warm_up_only_what_is_not_finite_is_skipped() -> None:
+def test_in_the_first_steps_only_what_is_not_finite_is_skipped() -> None:
     recovery = bare()
     assert feed(recovery, [(2.0, 1.0), (2e4, 1e4), (math.nan, 1.0), (2.0, math.inf), (3.0, 1.0)]) == [
         "step",
@@ -464,6 +464,17 @@ def test_during_the_warm_up_only_what_is_not_finite_is_skipped() -> None:
         "skip",
         "step",
     ]
+
+
+@pytest.mark.parametrize("spike", [(100.0, 1.0), (2.0, 50.0)])
+def test_behind_a_rebaseline_a_tenfold_leap_is_skipped_before_the_window_is_full(spike: tuple[float, float]) -> None:
+    recovery = bare()
+    feed(recovery, noise(60))
+    recovery.rebaseline("the phase of the schedule changes")
+    feed(recovery, noise(18))
+    assert feed(recovery, [spike]) == ["skip"]
+    assert feed(recovery, noise(30)) == ["step"] * 30
+    assert recovery.incidents[-1].kind == "spike"
 
 
 def test_a_snapshot_must_be_older_than_the_first_suspect() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 
 import numpy as np
@@ -29,6 +30,14 @@ def test_the_score_is_the_distance_to_the_median_in_robust_deviations() -> None:
 
 def test_a_window_without_spread_is_scored_by_the_floor() -> None:
     assert detector([1.0] * 5).score(1.2) == pytest.approx(2.0)
+
+
+def test_a_tenfold_leap_is_told_during_the_warm_up_once_eight_values_stand_and_not_after_it() -> None:
+    made = SpikeDetector(window=16, warmup=10, floor=0.1)
+    for count in range(12):
+        assert made.leaps(math.log(21.0)) == (8 <= count < 10)
+        assert not made.leaps(math.log(19.0))
+        made.accept(math.log(2.0 if count % 2 else 1.0))
 
 
 def test_nothing_is_scored_during_the_warm_up_nor_after_clearing() -> None:

@@ -9,7 +9,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from nexus.training import surgery
-from nexus.training.surgery import combine, nonnegative_minimiser
+from nexus.training.surgery import combine, nonnegative_minimiser, plan_surgery, weighted_sum
 
 
 def generator(seed: int) -> torch.Generator:
@@ -212,6 +212,51 @@ def test_pcgrad_can_leave_conflicts_that_upgrad_does_not() -> None:
         combined = combine(gradients, coefficients, method="pcgrad", generator=generator(seed))
         left += worst_conflict(gradients, coefficients, combined) < -1e-6
     assert left > 0
+
+
+# Plans.
+
+
+def test_the_conflict_matrix_holds_the_cosines_whatever_the_scales() -> None:
+    gradients = conflicting(33, 4, log_scale=4.0)
+    gradients[2] = 0.0
+    plan = plan_surgery(gradients, method="none")
+    unit = torch.nn.functional.normalize(gradients, dim=1)
+    np.testing.assert_allclose(plan.cosines_NN, (unit @ unit.T).numpy(), atol=1e-12)
+    np.testing.assert_allclose(plan.norms_N, gradients.norm(dim=1).numpy(), rtol=1e-12)
+    assert plan.conflicts == int((np.triu(plan.cosines_NN, 1) < 0).sum()) > 0
+
+
+@pytest.mark.parametrize("method", ["none", "upgrad", "pcgrad"])
+def test_a_plan_serves_any_coefficients(method: surgery.Method) -> None:
+    gradients = conflicting(34, 5, log_scale=1.0)
+    plan = plan_surgery(gradients, method=method, generator=generator(0))
+    for seed in range(3):
+        coefficients = simplex(seed, 5)
+        applied = weighted_sum(gradients, plan.factors(coefficients.numpy()))
+        assert torch.equal(applied, combine(gradients, coefficients, method=method, generator=generator(0)))
+
+
+def test_a_plan_without_conflict_returns_the_coefficients() -> None:
+    gradients = torch.rand(3, 8, generator=generator(35), dtype=torch.float64)
+    plan = plan_surgery(gradients, method="upgrad")
+    assert plan.conflicts == 0
+    assert np.array_equal(plan.projections_NN, np.eye(3))
+    coefficients = simplex(35, 3).numpy()
+    assert np.array_equal(plan.factors(coefficients), coefficients)
+    assert not plan.is_stationary(coefficients)
+    assert plan.is_stationary(np.zeros(3))
+
+
+def test_teachers_that_cancel_are_reported_as_stationary() -> None:
+    rows = torch.tensor([[1.0, 2.0], [-3.0, -6.0]], dtype=torch.float64)
+    coefficients = np.array([0.5, 0.5])
+    plan = plan_surgery(rows, method="upgrad")
+    assert plan.is_stationary(coefficients)
+    assert not plan.factors(coefficients).any()
+    assert plan.conflicts == 1
+    # Without surgery the longer one wins, and the plain sum of the two is a step.
+    assert not plan_surgery(rows, method="none").is_stationary(coefficients)
 
 
 # Degenerate input.

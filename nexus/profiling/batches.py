@@ -1,0 +1,97 @@
+"""What a profiler measures: tokenised samples of a language model, or inputs of an encoder. Shape letters: B samples, T time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProfileBatch:
+    """Tokenised samples: prompt and answer, padded on either side."""
+
+    sample_ids: Sequence[str]
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    loss_mask_BT: Tensor
+    """True at the *target tokens* to score (the answer); position 0 is never scored."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples."""
+        return len(self.input_ids_BT)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderProfileBatch:
+    """Inputs of an image, audio or text encoder."""
+
+    sample_ids: Sequence[str]
+    inputs: Mapping[str, Tensor]
+    """The model's keyword arguments, each with the batch in front."""
+    labels_B: Tensor | None
+    """int64 true classes. Without them a classifier is measured on its own decisions, and has no accuracy."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.inputs.values())))
+
+
+AnyProfileBatch = ProfileBatch | EncoderProfileBatch
+
+
+def rows_of(batch: AnyProfileBatch, rows: slice) -> AnyProfileBatch:
+    """Return some rows of a batch; text without the columns that are padding in all of them."""
+    sample_ids = list(batch.sample_ids)[rows]
+    if isinstance(batch, EncoderProfileBatch):
+        inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+        return EncoderProfileBatch(sample_ids, inputs, None if batch.labels_B is None else batch.labels_B[rows])
+    columns = batch.attention_mask_BT[rows].any(dim=0).nonzero()[:, 0]
+    used = (rows, slice(int(columns[0]), int(columns[-1]) + 1))
+    return ProfileBatch(sample_ids, batch.input_ids_BT[used], batch.attention_mask_BT[used], batch.loss_mask_BT[used])
+
+
+def split_at(batch: AnyProfileBatch, count: int) -> tuple[AnyProfileBatch, AnyProfileBatch]:
+    """Return the first `count` rows and the others, neither of them none."""
+    return rows_of(batch, slice(0, count)), rows_of(batch, slice(count, None))
+
+
+def concatenate_rows(batches: Sequence[AnyProfileBatch]) -> list[AnyProfileBatch]:
+    """Return the rows of all batches in as few batches as their shapes allow: one of text, padded on the left, and one of each shape
+    of encoder inputs."""
+    texts = [batch for batch in batches if isinstance(batch, ProfileBatch)]
+    joined: list[AnyProfileBatch] = []
+    if texts:
+        width = max(batch.input_ids_BT.shape[1] for batch in texts)
+
+        def stack(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])
+
+        joined.append(
+            ProfileBatch(
+                [sample_id for batch in texts for sample_id in batch.sample_ids],
+                stack([batch.input_ids_BT for batch in texts]),
+                stack([batch.attention_mask_BT for batch in texts]),
+                stack([batch.loss_mask_BT for batch in texts]),
+            )
+        )
+    groups: dict[tuple[object, ...], list[EncoderProfileBatch]] = {}
+    for batch in batches:
+        if isinstance(batch, EncoderProfileBatch):
+            shapes = tuple((name, tuple(tensor.shape[1:])) for name, tensor in batch.inputs.items())
+            groups.setdefault((shapes, batch.labels_B is None), []).append(batch)
+    for members in groups.values():
+        labels = [batch.labels_B for batch in members if batch.labels_B is not None]
+        joined.append(
+            EncoderProfileBatch(
+                [sample_id for batch in members for sample_id in batch.sample_ids],
+                {name: torch.cat([batch.inputs[name] for batch in members]) for name in members[0].inputs},
+                torch.cat(labels) if labels else None,
+            )
+        )
+    return joined

@@ -1,0 +1,141 @@
+"""Tells a broken teacher by what it says, before anything learns from it.
+
+A copy that was loaded wrongly, woken from a bad copy, or restarted over other files goes on answering: with uniform distributions,
+with NaN, for other rows, in other token ids. Each of these is a typed error that names the teacher. `check_targets` looks at one
+reply alone and is run by `TeacherEngine.score`; `check_reply` is for who receives it and knows what was asked and of whom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from nexus.errors import NexusError
+from nexus.towers.targets import ScoreRequest, TeacherTargets
+
+UNIFORM_NATS = 1e-3
+"""A distribution whose most probable token is no more than this above 1 / V is uniform: its entropy is ln V within as much. A trained
+model is whole nats away from it at most tokens."""
+
+
+class TeacherHealthError(NexusError, RuntimeError):
+    """A teacher answers, but its answers cannot be learned from."""
+
+    def __init__(self, teacher: str, what: str) -> None:
+        """`what` says what was expected and what was found."""
+        self.teacher = teacher
+        self.what = what
+        super().__init__(f"{what} Load teacher {teacher!r} again, or remove it from the run.")
+
+    def __reduce__(self) -> tuple[type[TeacherHealthError], tuple[str, str]]:
+        return type(self), (self.teacher, self.what)
+
+
+class UniformOutputError(TeacherHealthError):
+    """Every distribution is uniform: entropy ln V."""
+
+
+class NotFiniteError(TeacherHealthError):
+    """Targets hold NaN, or infinity where there can be none."""
+
+
+class RowCountError(TeacherHealthError):
+    """The reply has other rows than the request, or its arrays have other lengths than its rows."""
+
+
+class TokenizerChangedError(TeacherHealthError):
+    """The teacher's text-to-id mapping is not the one that was agreed on; an equal size is not enough."""
+
+
+class FingerprintChangedError(TeacherHealthError):
+    """The teacher's weights, configuration or quantisation are not those that were agreed on."""
+
+
+def check_targets(targets: TeacherTargets, *, vocabulary_size: int | None) -> None:
+    """Look at a reply by itself.
+
+    Args:
+        vocabulary_size: V of the token distributions; None where the teacher gives none.
+
+    Raises:
+        RowCountError, NotFiniteError, UniformOutputError: naming the teacher.
+    """
+    num_rows = len(targets.row_ids)
+    for name, length in _row_counts(targets):
+        if length != num_rows:
+            raise RowCountError(
+                targets.teacher, f"Expected {num_rows} rows in {name} of teacher {targets.teacher!r}, found {length}."
+            )
+    for name, array in _arrays(targets):
+        if not np.isfinite(array).all():
+            raise NotFiniteError(
+                targets.teacher, f"Expected finite {name} from teacher {targets.teacher!r}, found NaN or infinity."
+            )
+    tokens = targets.tokens
+    if tokens is not None and vocabulary_size is not None and len(tokens.logprobs_NK):
+        above_N = tokens.logprobs_NK[:, 0] + math.log(vocabulary_size)
+        if (np.abs(above_N) < UNIFORM_NATS).all():
+            raise UniformOutputError(
+                targets.teacher,
+                f"Expected teacher {targets.teacher!r} to prefer some tokens, found {len(above_N)} uniform distributions over "
+                f"{vocabulary_size} tokens.",
+            )
+
+
+def check_reply(
+    targets: TeacherTargets, request: ScoreRequest, *, fingerprint: str, tokenizer_hash: str | None
+) -> None:
+    """Compare a reply with what was asked, and its sender with who was asked.
+
+    Args:
+        fingerprint: of the teacher when the run began.
+        tokenizer_hash: likewise.
+
+    Raises:
+        RowCountError, TokenizerChangedError, FingerprintChangedError: naming the teacher.
+    """
+    teacher = targets.teacher
+    if targets.row_ids != request.row_ids:
+        raise RowCountError(
+            teacher,
+            f"Expected the {len(request.row_ids)} rows of the request from teacher {teacher!r}, in its order, found "
+            f"{len(targets.row_ids)} rows that are not those.",
+        )
+    if targets.tokenizer_hash != tokenizer_hash:
+        raise TokenizerChangedError(
+            teacher,
+            f"Expected tokenizer {tokenizer_hash} of teacher {teacher!r}, found {targets.tokenizer_hash}.",
+        )
+    if targets.fingerprint != fingerprint:
+        raise FingerprintChangedError(
+            teacher, f"Expected teacher {teacher!r} with fingerprint {fingerprint}, found {targets.fingerprint}."
+        )
+
+
+def _row_counts(targets: TeacherTargets) -> Iterable[tuple[str, int]]:
+    if targets.tokens is not None:
+        yield "tokens", len(targets.tokens.offsets_B1) - 1
+    for layer, sparse in (targets.features or {}).items():
+        yield f"features of layer {layer}", len(sparse.offsets_B1) - 1
+    if targets.pooled_BE is not None:
+        yield "embeddings", len(targets.pooled_BE)
+    if targets.label_logprobs_BC is not None:
+        yield "labels", len(targets.label_logprobs_BC)
+
+
+def _arrays(targets: TeacherTargets) -> Iterable[tuple[str, np.ndarray]]:
+    """All that has to be finite. The tail of a distribution may be -infinity: nothing may be left outside the kept ids."""
+    if targets.tokens is not None:
+        yield "log-probabilities", targets.tokens.logprobs_NK
+        yield "tail masses", np.exp(targets.tokens.tail_logprob_N)
+    for layer, state in targets.hidden.items():
+        yield f"hidden states of layer {layer}", state
+    for layer, sparse in (targets.features or {}).items():
+        yield f"features of layer {layer}", sparse.values_Z
+    if targets.pooled_BE is not None:
+        yield "embeddings", targets.pooled_BE
+    if targets.label_logprobs_BC is not None:
+        # A label that cannot be has -infinity.
+        yield "label probabilities", np.exp(targets.label_logprobs_BC)

@@ -1,0 +1,378 @@
+"""Divergences between two models from their last hidden states and output heads, without ever holding [tokens, V] logits.
+
+At a vocabulary of 151,936 the float32 logits of 1,024 tokens take 0.58 GiB per model, and the dense loss keeps several such tensors
+for its backward pass. Here logits live in a workspace of fixed size: the forward pass takes blocks of rows, fills them one tile of
+the vocabulary after the other while an online log-sum-exp runs (Milakov and Gimelshein 2018, arXiv 1805.02867), and keeps three
+numbers per row; the backward pass recomputes one tile at a time from them. Nothing of the size of a head is kept between the two,
+so the losses of many teachers over one student head cost no memory beside each other.
+
+Every divergence of `training.divergence` is a sum of terms w KL(a || m), a the teacher p or the student q and
+m = share p + (1 - share) q. With s_v = q_v dD/dq_v and D one row's divergence over logits l,
+
+    term under p    s_v = -w (1 - share) q_v p_v / m_v
+    term under q    s_v = w q_v (log(q_v / m_v) - (1 - share) q_v / m_v), up to a multiple of q_v, which the next line removes
+    gradient        dD/dl_v = s_v - q_v sum_u s_u
+
+which at the ends is the known q - p (forward KL) and q (log(q / p) - KL(q || p)) (reverse KL).
+
+Shape letters: B batch, T time, V vocabulary, D the student's width, E the teacher's width, M scored positions, R rows of a block,
+J ids of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from nexus.training.divergence import (
+    DISTILL_SKEW,
+    check_alpha,
+    check_beta,
+    check_temperature,
+    compute_dtype,
+    per_token,
+)
+
+WORKSPACE_BYTES = 160 << 20
+"""Room for logits and their temporaries: 1,024 tokens over a vocabulary of 151,936 then train in 0.5 GiB, of which 0.29 are the
+gradient of a 512-wide head. On a GPU give more: blocks of a thousand rows fill its matrix units."""
+
+TILE_TENSORS = 10
+"""Tensors of one tile that are alive at a time: log-probabilities and probabilities of both models, those of m, and temporaries."""
+
+MAX_BLOCK_ROWS = 1024
+"""Rows per block of the backward pass: more rows mean narrower tiles, and below some 1,000 ids a tile's matrix product slows."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """From hidden states to logits: W h + b, and where the model has one its soft cap, cap tanh(logits / cap).
+
+    To compare models whose vocabularies were padded to different sizes, cut both weights to the ids that they share.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    """Finite: ids that a model forbids are cut out of both heads."""
+    softcap: float | None = None
+    """Above 0; Gemma's `final_logit_softcapping`."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight KL(under || teacher_share * teacher + (1 - teacher_share) * student)."""
+
+    weight: float
+    under: Literal["teacher", "student"]
+    teacher_share: float
+
+
+FORWARD_KL = (Term(1.0, "teacher", 0.0),)
+REVERSE_KL = (Term(1.0, "student", 1.0),)
+DISTILL_MIX = (Term(0.5, "teacher", DISTILL_SKEW), Term(0.5, "student", 1.0 - DISTILL_SKEW))
+"""`distill_divergence`, the default of the loop."""
+
+
+def jsd_terms(beta: float) -> tuple[Term, ...]:
+    """The terms of `generalized_jsd`, whose ends are the forward and the reverse KL. Raises ValueError outside [0, 1]."""
+    check_beta(beta)
+    if beta in (0.0, 1.0):
+        return FORWARD_KL if beta == 0.0 else REVERSE_KL
+    return (Term(beta, "teacher", beta), Term(1.0 - beta, "student", beta))
+
+
+def skewed_kl_terms(alpha: float = DISTILL_SKEW) -> tuple[Term, ...]:
+    """The term of `skewed_kl`. Raises ValueError outside (0, 1)."""
+    check_alpha(alpha)
+    return (Term(1.0, "teacher", alpha),)
+
+
+def skewed_reverse_kl_terms(alpha: float = DISTILL_SKEW) -> tuple[Term, ...]:
+    """The term of `skewed_reverse_kl`. Raises ValueError outside (0, 1)."""
+    check_alpha(alpha)
+    return (Term(1.0, "student", 1.0 - alpha),)
+
+
+def hidden_divergence(
+    student_hidden_BTD: Tensor,
+    student_head: OutputHead,
+    teacher_hidden_BTE: Tensor,
+    teacher_head: OutputHead,
+    loss_mask_BT: Tensor,
+    *,
+    terms: tuple[Term, ...],
+    num_loss_tokens: int | Tensor,
+    temperature: float,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Tensor:
+    """The divergence of `terms` between the models' next-token distributions; equals the dense form to rounding.
+
+    Each model's logits are computed in the wider dtype of its states and head, as the model itself would, and everything after
+    in at least float32. Autocast does not reach inside. The gradient can be taken once, not twice.
+
+    Args:
+        student_hidden_BTD: the states that the student's head reads, any float dtype.
+        student_head: receives a gradient where its tensors require one.
+        teacher_hidden_BTE: as the teacher sent them; detached, like its head.
+        teacher_head: over the same vocabulary.
+        loss_mask_BT: bool or 0/1, set where the prediction made at the position is scored. Other positions are not read.
+        terms: `FORWARD_KL`, `REVERSE_KL`, `DISTILL_MIX`, or what `jsd_terms` and its like return.
+        num_loss_tokens: scored positions in the whole optimizer step.
+        temperature: divides both models' logits before the softmax; finite and above 0.
+        workspace_bytes: room for logits and temporaries, above the gradients and the copy of the scored states. At least one row
+            and one tile of one id are worked on, whatever it is.
+
+    Returns:
+        Scalar in nats per scored token, as `divergence.forward_kl`.
+
+    Raises:
+        ValueError: shapes, settings or counts out of range.
+    """
+    _check(student_hidden_BTD, student_head, loss_mask_BT, "student")
+    _check(teacher_hidden_BTE, teacher_head, loss_mask_BT, "teacher")
+    if student_head.weight_VD.shape[0] != teacher_head.weight_VD.shape[0]:
+        raise ValueError(
+            f"heads: expected one vocabulary, found {student_head.weight_VD.shape[0]} ids of the student and "
+            f"{teacher_head.weight_VD.shape[0]} of the teacher; for one tokenizer, cut both to the ids that they share"
+        )
+    if not terms:
+        raise ValueError("terms: expected at least one, found none")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: expected at least 1, found {workspace_bytes}")
+    mask_BT = loss_mask_BT.bool()
+    setting = _Setting(
+        terms,
+        check_temperature(temperature),
+        workspace_bytes,
+        compute_dtype(student_hidden_BTD, student_head.weight_VD, teacher_hidden_BTE, teacher_head.weight_VD),
+        student_head.softcap,
+        teacher_head.softcap,
+    )
+    with torch.autocast(student_hidden_BTD.device.type, enabled=False):
+        rows_M: Tensor = _RowDivergences.apply(  # type: ignore[no-untyped-call]
+            student_hidden_BTD[mask_BT],
+            student_head.weight_VD,
+            student_head.bias_V,
+            teacher_hidden_BTE.detach()[mask_BT],
+            teacher_head.weight_VD.detach(),
+            None if teacher_head.bias_V is None else teacher_head.bias_V.detach(),
+            setting,
+        )
+        return per_token(rows_M, num_loss_tokens)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    terms: tuple[Term, ...]
+    temperature: float
+    workspace_bytes: int
+    dtype: torch.dtype
+    student_softcap: float | None
+    teacher_softcap: float | None
+
+
+class _RowDivergences(torch.autograd.Function):
+    """The divergence of each row [M]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_MD: Tensor,
+        student_weight_VD: Tensor,
+        student_bias_V: Tensor | None,
+        teacher_ME: Tensor,
+        teacher_weight_VE: Tensor,
+        teacher_bias_V: Tensor | None,
+        setting: _Setting,
+    ) -> Tensor:
+        student = _Logits(student_MD, student_weight_VD, student_bias_V, setting.student_softcap, setting)
+        teacher = _Logits(teacher_ME, teacher_weight_VE, teacher_bias_V, setting.teacher_softcap, setting)
+        num_rows, vocabulary_size = student_MD.shape[0], student_weight_VD.shape[0]
+        # Half of the workspace holds both models' logits of the block, the other half the temporaries of a tile.
+        item = setting.dtype.itemsize
+        block = _at_least_one(setting.workspace_bytes // (4 * vocabulary_size * item), num_rows)
+        tile = _at_least_one(setting.workspace_bytes // (2 * TILE_TENSORS * block * item), vocabulary_size)
+        values_M, slopes_M, student_norms_M, teacher_norms_M = (
+            torch.zeros(num_rows, dtype=setting.dtype, device=student_MD.device) for _ in range(4)
+        )
+        student_RV, teacher_RV = (
+            torch.empty(block, vocabulary_size, dtype=setting.dtype, device=student_MD.device) for _ in range(2)
+        )
+        for rows in _slices(num_rows, block):
+            count = rows.stop - rows.start
+            for logits, block_RV, norms_M in (
+                (student, student_RV[:count], student_norms_M),
+                (teacher, teacher_RV[:count], teacher_norms_M),
+            ):
+                norms_M[rows] = logits.fill(block_RV, rows, tile)
+            for ids in _slices(vocabulary_size, tile):
+                log_q_RJ = student_RV[:count, ids] - student_norms_M[rows, None]
+                log_p_RJ = teacher_RV[:count, ids] - teacher_norms_M[rows, None]
+                for value_R, slope_RJ in _values_and_slopes(log_q_RJ, log_q_RJ.exp(), log_p_RJ, setting.terms):
+                    values_M[rows] += value_R
+                    slopes_M[rows] += slope_RJ.sum(dim=-1)
+        ctx.setting = setting
+        ctx.save_for_backward(
+            student_MD,
+            student_weight_VD,
+            student_bias_V,
+            teacher_ME,
+            teacher_weight_VE,
+            teacher_bias_V,
+            slopes_M,
+            student_norms_M,
+            teacher_norms_M,
+        )
+        return values_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_M: Tensor) -> tuple[Tensor | None, ...]:
+        student_MD, weight_VD, bias_V, teacher_ME, teacher_weight_VE, teacher_bias_V, slopes_M, *norms = (
+            ctx.saved_tensors
+        )
+        student_norms_M, teacher_norms_M = norms
+        setting: _Setting = ctx.setting
+        student = _Logits(student_MD, weight_VD, bias_V, setting.student_softcap, setting)
+        teacher = _Logits(teacher_ME, teacher_weight_VE, teacher_bias_V, setting.teacher_softcap, setting)
+        num_rows, vocabulary_size = student_MD.shape[0], weight_VD.shape[0]
+        block = _at_least_one(MAX_BLOCK_ROWS, num_rows)
+        tile = _at_least_one(
+            setting.workspace_bytes // (TILE_TENSORS * block * setting.dtype.itemsize), vocabulary_size
+        )
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        states_MD = torch.zeros_like(student_MD, dtype=setting.dtype) if wants_states else None
+        weights_VD = torch.empty_like(weight_VD) if wants_weight else None
+        biases_V = torch.empty_like(bias_V) if wants_bias else None
+        for ids in _slices(vocabulary_size, tile):
+            tile_weight_JD = weight_VD[ids]
+            tile_gradient_JD = torch.zeros_like(tile_weight_JD, dtype=setting.dtype)
+            tile_bias_J = slopes_M.new_zeros(len(tile_weight_JD))
+            for rows in _slices(num_rows, block):
+                student_RJ = student.tile(rows, ids)
+                log_p_RJ = teacher.tile(rows, ids).sub_(teacher_norms_M[rows, None])
+                log_q_RJ = student_RJ - student_norms_M[rows, None]
+                q_RJ = log_q_RJ.exp()
+                # In place of the sum over u: dD/dl = s - q sum(s).
+                slopes_RJ = q_RJ * -slopes_M[rows, None]
+                for _, slope_RJ in _values_and_slopes(log_q_RJ, q_RJ, log_p_RJ, setting.terms):
+                    slopes_RJ += slope_RJ
+                slopes_RJ.mul_(upstream_M[rows, None] / setting.temperature)
+                if setting.student_softcap is not None:
+                    # The derivative of cap tanh(x / cap) is 1 - tanh^2, and tanh is the tempered logit * temperature / cap.
+                    slopes_RJ.mul_(1.0 - (student_RJ * (setting.temperature / setting.student_softcap)).square())
+                if states_MD is not None:
+                    _add_product(states_MD[rows], slopes_RJ, tile_weight_JD, student.native)
+                if wants_weight:
+                    _add_product(tile_gradient_JD, slopes_RJ.T, student_MD[rows], student.native)
+                if wants_bias:
+                    tile_bias_J += slopes_RJ.sum(dim=0)
+            if weights_VD is not None:
+                weights_VD[ids] = tile_gradient_JD
+            if biases_V is not None:
+                biases_V[ids] = tile_bias_J
+        if states_MD is not None:
+            states_MD = states_MD.to(student_MD.dtype)
+        return states_MD, weights_VD, biases_V, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Tempered logits of one model, tile by tile."""
+
+    hidden_MD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    setting: _Setting
+
+    @property
+    def native(self) -> torch.dtype:
+        """Of the matrix products, as in the model itself."""
+        return torch.promote_types(self.hidden_MD.dtype, self.weight_VD.dtype)
+
+    def tile(self, rows: slice, ids: slice) -> Tensor:
+        """[R, J], a new tensor in the computing dtype."""
+        bias_J = None if self.bias_V is None else self.bias_V[ids].to(self.native)
+        logits_RJ = F.linear(self.hidden_MD[rows].to(self.native), self.weight_VD[ids].to(self.native), bias_J)
+        logits_RJ = logits_RJ.to(self.setting.dtype)
+        if self.softcap is not None:
+            logits_RJ.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_RJ.div_(self.setting.temperature)
+
+    def fill(self, block_RV: Tensor, rows: slice, tile: int) -> Tensor:
+        """Write the rows' logits into the block; return their log-sum-exp [R], which runs along."""
+        largest_R = block_RV.new_full(block_RV.shape[:1], -math.inf)
+        sum_R = torch.zeros_like(largest_R)
+        for ids in _slices(block_RV.shape[1], tile):
+            logits_RJ = self.tile(rows, ids)
+            block_RV[:, ids] = logits_RJ
+            larger_R = torch.maximum(largest_R, logits_RJ.amax(dim=-1))
+            sum_R = sum_R * (largest_R - larger_R).exp() + logits_RJ.sub_(larger_R[:, None]).exp_().sum(dim=-1)
+            largest_R = larger_R
+        return largest_R + sum_R.log()
+
+
+def _values_and_slopes(
+    log_q_RJ: Tensor, q_RJ: Tensor, log_p_RJ: Tensor, terms: tuple[Term, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each term: the tile's part of the divergence [R], and s_v [R, J] of the module's formulas."""
+    for term in terms:
+        student_share = 1.0 - term.teacher_share
+        if term.under == "teacher":
+            p_RJ = log_p_RJ.exp()
+            ratio_RJ = log_p_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
+            value_R = (p_RJ * ratio_RJ).sum(dim=-1)
+            # q p / m is p where m = q, and nothing may be divided by a q that underflowed. Elsewhere p / m <= 1 / share.
+            slope_RJ = p_RJ if term.teacher_share == 0.0 else ratio_RJ.exp_().mul_(q_RJ)
+            slope_RJ.mul_(-term.weight * student_share)
+        else:
+            ratio_RJ = log_q_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
+            value_R = (q_RJ * ratio_RJ).sum(dim=-1)
+            slope_RJ = ratio_RJ if student_share == 0.0 else ratio_RJ.sub_(ratio_RJ.exp(), alpha=student_share)
+            slope_RJ.mul_(q_RJ).mul_(term.weight)
+        yield term.weight * value_R, slope_RJ
+
+
+def _log_m(log_q_RJ: Tensor, log_p_RJ: Tensor, teacher_share: float) -> Tensor:
+    if teacher_share in (0.0, 1.0):
+        return log_q_RJ if teacher_share == 0.0 else log_p_RJ
+    return torch.logaddexp(log_p_RJ + math.log(teacher_share), log_q_RJ + math.log1p(-teacher_share))
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor, native: torch.dtype) -> None:
+    """target += left @ right, multiplied in the model's dtype and added in the target's."""
+    if native == target.dtype:
+        target.addmm_(left, right.to(native))
+    else:
+        target += left.to(native) @ right.to(native)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _at_least_one(wanted: int, available: int) -> int:
+    return max(1, min(wanted, available))
+
+
+def _check(hidden: Tensor, head: OutputHead, loss_mask_BT: Tensor, model: str) -> None:
+    weight = head.weight_VD
+    if weight.ndim != 2 or 0 in weight.shape or hidden.shape != (*loss_mask_BT.shape, weight.shape[-1]):
+        raise ValueError(
+            f"{model}: expected a head [V, width] and hidden states of shape {(*loss_mask_BT.shape, 'width')}, one per entry of "
+            f"the loss mask, found a head {tuple(weight.shape)} and states {tuple(hidden.shape)}"
+        )
+    if head.bias_V is not None and head.bias_V.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{model}: expected a bias of shape {tuple(weight.shape[:1])}, found {tuple(head.bias_V.shape)}"
+        )
+    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0.0):
+        raise ValueError(f"{model}: expected a finite softcap above 0, found {head.softcap}")

@@ -1,0 +1,289 @@
+"""Losses across tokenizers: alignment on real ones, values against their definitions, and equality where the tokenizers agree."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nexus.training.cross_tokenizer import (
+    CommonIds,
+    SpanAlignment,
+    align_spans,
+    common_ids,
+    cross_tokenizer_loss,
+)
+from nexus.training.divergence import topk_tail_kl
+
+V, K = 12, 4
+TEXT = "the teacher and the student read the same text, and the tokenizers cut it in other places"
+
+
+def ends(*positions: int) -> np.ndarray:
+    return np.array(positions, dtype=np.int64)
+
+
+def identity(size: int) -> CommonIds:
+    return CommonIds(torch.arange(size), torch.arange(size))
+
+
+class Problem:
+    """A student of 12 ids and a teacher of 12 others, with its top 4, on tokens cut as told."""
+
+    def __init__(self, student_ends: np.ndarray, teacher_ends: np.ndarray, *, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.alignment = align_spans(student_ends, teacher_ends)
+        self.logits = torch.randn(len(student_ends), V, generator=generator, dtype=torch.float64).requires_grad_()
+        self.ids = torch.randint(V, (len(student_ends),), generator=generator)
+        self.teacher = torch.randn(len(teacher_ends), V, generator=generator, dtype=torch.float64).log_softmax(-1)
+        logprobs, ids = self.teacher.sort(descending=True, dim=-1)
+        self.kept, self.logprobs = ids[:, :K], logprobs[:, :K]
+        self.tail = logprobs[:, K:].logsumexp(dim=-1)
+        self.tokens = self.kept[:, 1].clone()  # each token of the text is the teacher's second choice
+        self.common = identity(V)
+
+    def __call__(self, **changes: Any) -> Any:
+        settings: dict[str, Any] = {"num_loss_tokens": max(1, len(self.ids)), "temperature": 1.0, **changes}
+        return cross_tokenizer_loss(
+            self.logits,
+            self.ids,
+            self.tokens,
+            self.kept,
+            self.logprobs,
+            self.tail,
+            alignment=self.alignment,
+            common=self.common,
+            **settings,
+        )
+
+
+# Alignment.
+
+
+def test_spans_are_the_finest_that_both_tokenisations_share() -> None:
+    #           |ab|c|def|g h|, |abc|d|ef|gh|
+    alignment = align_spans(ends(2, 3, 6, 7, 8), ends(3, 4, 6, 8))
+    assert alignment.student_offsets_S1.tolist() == [0, 2, 3, 5]
+    assert alignment.teacher_offsets_S1.tolist() == [0, 1, 3, 4]
+
+
+def test_tokens_inside_one_character_stay_together() -> None:
+    # A character of two bytes: both of its tokens end where it ends.
+    alignment = align_spans(ends(1, 2, 2, 3), ends(1, 2, 3))
+    assert alignment.student_offsets_S1.tolist() == [0, 1, 3, 4]
+    assert alignment.teacher_offsets_S1.tolist() == [0, 1, 2, 3]
+
+
+def test_no_text_has_no_spans() -> None:
+    assert align_spans(ends(), ends()).student_offsets_S1.tolist() == [0]
+
+
+def test_what_is_not_two_tokenisations_of_one_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="never decrease"):
+        align_spans(ends(2, 1), ends(2))
+    with pytest.raises(ValueError, match="never decrease"):
+        align_spans(ends(2), ends(2)[None])
+    with pytest.raises(ValueError, match="one text"):
+        align_spans(ends(1, 2), ends(1, 3))
+    with pytest.raises(ValueError, match="one text"):
+        align_spans(ends(), ends(3))
+
+
+def trained(size: int, *, prefix: str = "") -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<eos>", *([prefix] if prefix else [])]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def text_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    return encoded["input_ids"], ends(*(end for _, end in encoded["offset_mapping"]))
+
+
+def test_spans_of_real_tokenizers_hold_the_same_text() -> None:
+    student, teacher = trained(40), trained(70)
+    (student_ids, student_ends), (teacher_ids, teacher_ends) = (text_ends(t, TEXT) for t in (student, teacher))
+    assert len(student_ids) > len(teacher_ids)
+    alignment = align_spans(student_ends, teacher_ends)
+    pieces = [
+        [
+            tokenizer.decode(ids[start:stop])
+            for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        ]
+        for tokenizer, ids, offsets in (
+            (student, student_ids, alignment.student_offsets_S1),
+            (teacher, teacher_ids, alignment.teacher_offsets_S1),
+        )
+    ]
+    assert pieces[0] == pieces[1]
+    assert "".join(pieces[0]) == TEXT
+    assert len(student_ids) > len(pieces[0]) > 15
+
+
+def test_common_ids_are_those_of_equal_spelling() -> None:
+    student, teacher = trained(40), trained(70, prefix="<new>")
+    common = common_ids(student, teacher)
+    assert len(common.teacher_ids_C) > 25
+    assert bool((common.teacher_ids_C.diff() > 0).all())
+    for teacher_id, student_id in zip(common.teacher_ids_C.tolist(), common.student_ids_C.tolist(), strict=True):
+        assert teacher.convert_ids_to_tokens(teacher_id) == student.convert_ids_to_tokens(student_id)
+    assert student.eos_token_id not in common.student_ids_C.tolist()
+    # The first special token shifted every id: equal ids are no equal tokens.
+    assert not torch.equal(common.teacher_ids_C, common.student_ids_C)
+
+
+# Values.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_one_tokenizer_gives_the_topk_divergence_and_a_share_of_one(temperature: float) -> None:
+    problem = Problem(ends(1, 2, 3, 4, 5), ends(1, 2, 3, 4, 5))
+    result = problem(temperature=temperature)
+    expected = topk_tail_kl(
+        problem.logits, problem.kept, problem.logprobs, torch.ones(5), num_loss_tokens=5, temperature=temperature,
+        tail_logprob_BT=problem.tail,
+    )  # fmt: skip
+    assert result.aligned_share == 1.0
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    found, wanted = (torch.autograd.grad(loss, problem.logits)[0] for loss in (result.loss, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_ids_that_the_student_does_not_have_join_the_rest() -> None:
+    problem = Problem(ends(1), ends(1))
+    # The teacher's ids are other numbers, and the student spells only its best and its third.
+    spelled = problem.kept[0, [0, 2]]
+    order = spelled.argsort()
+    problem.common = CommonIds(spelled[order], torch.tensor([5, 7])[order])
+    p, q = problem.logprobs[0].exp(), problem.logits.detach().softmax(-1)[0]
+    bins_p = torch.stack([p[0], p[2], 1 - p[0] - p[2]])
+    bins_q = torch.stack([q[5], q[7], 1 - q[5] - q[7]])
+    assert problem().loss.item() == pytest.approx(float((bins_p * (bins_p / bins_q).log()).sum()), rel=1e-10)
+    problem.common = identity(0)
+    assert problem().loss.item() == pytest.approx(0.0, abs=1e-12)  # one bin: nothing is said
+
+
+def test_a_merged_span_compares_the_probabilities_of_its_text() -> None:
+    problem = Problem(ends(1, 2, 3), ends(1, 3))
+    result = problem()
+    log_q = problem.logits.detach().log_softmax(-1)
+    q = (log_q[1, problem.ids[1]] + log_q[2, problem.ids[2]]).exp().item()
+    p = problem.teacher[1, problem.tokens[1]].exp().item()
+    merged = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    first = Problem(ends(1), ends(1))
+    first.logits, first.kept = problem.logits[:1], problem.kept[:1]
+    first.logprobs, first.tail, first.tokens = problem.logprobs[:1], problem.tail[:1], problem.tokens[:1]
+    assert result.aligned_share == 1.0
+    assert result.loss.item() == pytest.approx((first().loss.item() + merged) / 3, rel=1e-10)
+
+
+def test_spans_that_are_too_long_or_not_kept_fall_back_to_sorted_probabilities() -> None:
+    problem = Problem(ends(1, 2, 3), ends(1, 3))
+    q = problem.logits.detach().softmax(-1)[1].sort(descending=True).values
+    p = problem.logprobs[1].exp()
+    distance = float((q[:K] - p).abs().sum() + (q[K:].sum() - problem.tail[1].exp()).abs())
+    without = problem(max_span_tokens=1, uld_weight=0.0)
+    for changes in ({"max_span_tokens": 1}, {}):
+        if not changes:
+            problem.tokens[1] = V + 1  # what the text says is none of the kept ids
+        result = problem(**changes)
+        assert result.aligned_share == pytest.approx(1 / 3)
+        assert result.loss.item() == pytest.approx(without.loss.item() + distance / 3, rel=1e-10)
+
+
+def test_the_sorted_distance_of_a_small_student_counts_what_it_cannot_hold() -> None:
+    problem = Problem(ends(2), ends(1, 2))
+    problem.logits = problem.logits.detach()[:, :2].requires_grad_()
+    problem.ids = torch.zeros(1, dtype=torch.long)
+    problem.common = identity(0)
+    q, p = problem.logits.detach().softmax(-1)[0].sort(descending=True).values, problem.logprobs[0].exp()
+    distance = float((q - p[:2]).abs().sum() + 1 - p[:2].sum())
+    assert problem(max_span_tokens=1).loss.item() == pytest.approx(distance, rel=1e-10)
+
+
+@pytest.mark.parametrize(("student_ends", "max_span_tokens"), [((1, 2, 3), 8), ((1, 2, 3, 3, 3), 8), ((1, 2, 3), 1)])
+def test_the_gradient_lowers_the_loss_and_is_that_of_finite_differences(
+    student_ends: tuple[int, ...], max_span_tokens: int
+) -> None:
+    problem = Problem(ends(*student_ends), ends(1, 3), seed=1)
+    loss = problem(max_span_tokens=max_span_tokens).loss
+    (gradient,) = torch.autograd.grad(loss, problem.logits)
+    logits = problem.logits.detach()
+    for index in [(0, 0), (1, 3), (2, 11)]:
+        values = []
+        for step in (1e-6, -1e-6):
+            problem.logits = logits.clone()
+            problem.logits[index] += step
+            values.append(problem(max_span_tokens=max_span_tokens).loss.item())
+        assert gradient[index].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-8)
+    problem.logits = logits - 0.1 * gradient
+    assert problem(max_span_tokens=max_span_tokens).loss.item() < loss.item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_certain_models_stay_finite(scale: float) -> None:
+    problem = Problem(ends(1, 2, 3), ends(1, 3))
+    problem.logits = (problem.logits.detach() * scale).float().requires_grad_()
+    problem.logprobs = torch.tensor([0.0, -50.0, -60.0, -70.0]).repeat(2, 1)
+    problem.tail = torch.full((2,), -math.inf)
+    problem.tokens = problem.kept[:, 0].clone()
+    loss = problem().loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss.item())
+    assert problem.logits.grad is not None
+    assert bool(torch.isfinite(problem.logits.grad).all())
+
+
+def test_a_student_whose_whole_vocabulary_is_kept_has_no_rest() -> None:
+    problem = Problem(ends(1, 2), ends(1, 2))
+    problem.logits = problem.logits.detach()[:, :2].requires_grad_()
+    problem.ids = torch.zeros(2, dtype=torch.long)
+    kept, order = problem.kept[0, :2].sort()
+    problem.common = CommonIds(kept, order)
+    problem.kept = problem.kept[:1].repeat(2, 1)
+    loss = problem().loss
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert problem.logits.grad is not None
+    assert bool(torch.isfinite(problem.logits.grad).all())
+
+
+def test_nothing_scored_is_zero_and_attached() -> None:
+    problem = Problem(ends(), ends())
+    result = problem(num_loss_tokens=0)
+    result.loss.backward()
+    assert result.loss.item() == 0.0
+    assert result.aligned_share == 1.0
+    assert problem.logits.grad is not None
+
+
+def test_tokens_that_do_not_fit_the_alignment_are_refused() -> None:
+    problem = Problem(ends(1, 2, 3), ends(1, 3))
+    for name, message in (("logits", "student: expected"), ("ids", "student: expected"), ("tokens", "teacher: expected"),
+                          ("kept", "teacher: expected"), ("logprobs", "teacher: expected")):  # fmt: skip
+        whole: Tensor = getattr(problem, name)
+        setattr(problem, name, whole[:-1])
+        with pytest.raises(ValueError, match=message):
+            problem()
+        setattr(problem, name, whole)
+    for changes in ({"uld_weight": -1.0}, {"uld_weight": math.inf}, {"max_span_tokens": 0}):
+        with pytest.raises(ValueError, match="uld_weight"):
+            problem(**changes)
+    problem.alignment = SpanAlignment(ends(0, 1), ends(0, 1))
+    with pytest.raises(ValueError, match="student: expected"):
+        problem()
+    problem = Problem(ends(1, 2, 3), ends(1, 3))
+    problem.kept, problem.logprobs = problem.kept[:1], problem.logprobs[:1]
+    with pytest.raises(ValueError, match="teacher: expected"):
+        problem()
