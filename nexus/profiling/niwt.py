@@ -8,11 +8,13 @@ V = L+1 variants (the clean one first), N scored tokens, D width.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -57,7 +59,10 @@ from nexus.profiling.spectral import Comoment
 
 __all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
 
+logger = logging.getLogger(__name__)
+
 Strategy = Literal["auto", "brute", "prefix", "triangular", "stacked"]
+Part = TypeVar("Part")
 
 # What the live rows of one micro-batch may take when its size is not given: hidden states, scored logits, cached keys and values.
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
@@ -108,6 +113,8 @@ class NIWTProfiler:
         self.stack = find_blocks(model, layers)
         self.strategy = strategy
         self.micro_batch_size = micro_batch_size
+        # Set when memory ran out.
+        self._fitting_size: int | None = None
 
     def ablated_generations(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, max_new_tokens: int) -> Tensor:
         """Return int64 [L+1, B, max_new_tokens]: greedy tokens of the clean model (row 0) and with layer i the identity (row i+1).
@@ -142,10 +149,13 @@ class NIWTProfiler:
             num_logits=1,
             num_cached=prompt_length + max_new_tokens,
         )
-        parts = []
+
+        def run(_: slice, part: list[Tensor]) -> Tensor:
+            ids_BT, mask_BT = _without_padding(part)
+            return generate(self.model, self.stack, ids_BT, mask_BT, max_new_tokens, stop)
+
         with undisturbed(self.model):
-            for ids_BT, mask_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT):
-                parts.append(generate(self.model, self.stack, ids_BT, mask_BT, max_new_tokens, stop))
+            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
     def delta_nll(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -189,8 +199,8 @@ class NIWTProfiler:
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
-        statistics = _LayerStatistics(len(self.stack))
-        scores = self._scores_of(batch, sample_ids, observe=statistics.observe)
+        statistics = _LayerStatistics()
+        scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
             metric=scores.metric,
             strategy=self._sweep_strategy(is_text=isinstance(batch, ProfileBatch)),
@@ -319,15 +329,15 @@ class NIWTProfiler:
         batch: ProfileBatch | EncoderProfileBatch,
         sample_ids: Sequence[str],
         *,
-        observe: StatesObserver | None = None,
+        statistics: _LayerStatistics | None = None,
         interventions: InterventionsOf | None = None,
     ) -> _Scores:
         if isinstance(batch, EncoderProfileBatch):
-            return self._score_encoder(batch, observe, interventions)
+            return self._score_encoder(batch, statistics, interventions)
         targets_BT = self._targets(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
         _require_scored(targets_BT, sample_ids)
         return self._score(
-            batch.input_ids_BT, batch.attention_mask_BT, targets_BT, observe, interventions, with_kl=True
+            batch.input_ids_BT, batch.attention_mask_BT, targets_BT, statistics, interventions, with_kl=True
         )
 
     def _targets(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -339,7 +349,7 @@ class NIWTProfiler:
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor,
         targets_BT: Tensor,
-        observe: StatesObserver | None = None,
+        statistics: _LayerStatistics | None = None,
         interventions: InterventionsOf | None = None,
         *,
         with_kl: bool = False,
@@ -353,22 +363,23 @@ class NIWTProfiler:
             num_logits=int(targets_BT.sum(dim=1).max()),
             num_cached=0,
         )
-        parts = []
-        start = 0
-        with undisturbed(self.model):
-            for ids_BT, mask_BT, chosen_BT in self._micro_batches(size, input_ids_BT, attention_mask_BT, targets_BT):
-                scored = scored_tokens(ids_BT, chosen_BT)
-                inputs = text_inputs(self.model, ids_BT, mask_BT)
-                read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
-                if interventions is None:
+
+        def run(rows: slice, part: list[Tensor]) -> Tensor:
+            ids_BT, mask_BT, chosen_BT = _without_padding(part)
+            scored = scored_tokens(ids_BT, chosen_BT)
+            inputs = text_inputs(self.model, ids_BT, mask_BT)
+            read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+            if interventions is None:
+                with _observed(statistics) as observe:
                     readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-                else:
-                    made = interventions(slice(start, start + len(ids_BT)), mask_BT)
-                    readings_VNC = sweep(self.stack, read, strategy, made)
-                start += len(ids_BT)
-                # Without the logits, which only show whether anything changed.
-                summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
-                parts.append(_sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT)))
+            else:
+                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+            # Without the logits, which only show whether anything changed.
+            summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
+            return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
+
+        with undisturbed(self.model):
+            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, targets_BT], run)
         nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores(
@@ -381,29 +392,32 @@ class NIWTProfiler:
         )
 
     def _score_encoder(
-        self, batch: EncoderProfileBatch, observe: StatesObserver | None, interventions: InterventionsOf | None
+        self,
+        batch: EncoderProfileBatch,
+        statistics: _LayerStatistics | None,
+        interventions: InterventionsOf | None,
     ) -> _Scores:
         """Sweep all micro-batches of an encoder's inputs. Without interventions each block is skipped."""
         strategy = self._sweep_strategy(is_text=False)
         size = self.micro_batch_size or batch.num_rows
-        parts = []
-        start = 0
-        with undisturbed(self.model):
-            for tensors in _slices(list(batch.inputs.values()), size, self.model.device):
-                inputs = dict(zip(batch.inputs, tensors, strict=True))
-                read = OutputReader(self.model, inputs)
-                mask_BT = inputs.get("attention_mask")
-                if interventions is None:
+
+        def run(rows: slice, part: list[Tensor]) -> tuple[Tensor, int]:
+            inputs = dict(zip(batch.inputs, part, strict=True))
+            read = OutputReader(self.model, inputs)
+            mask_BT = inputs.get("attention_mask")
+            if interventions is None:
+                with _observed(statistics) as observe:
                     readings_VBC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-                else:
-                    made = interventions(slice(start, start + len(tensors[0])), mask_BT)
-                    readings_VBC = sweep(self.stack, read, strategy, made)
-                start += len(tensors[0])
-                parts.append(readings_VBC.cpu())
-        readings_VBC = torch.cat(parts, dim=1)
-        embeddings_VBE = readings_VBC[..., read.num_classes :] if readings_VBC.shape[-1] > read.num_classes else None
-        if read.num_classes:
-            return _label_scores(readings_VBC[..., : read.num_classes], batch.labels_B, embeddings_VBE)
+            else:
+                readings_VBC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+            return readings_VBC.cpu(), read.num_classes
+
+        with undisturbed(self.model):
+            parts = self._in_micro_batches(size, list(batch.inputs.values()), run)
+        readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
+        embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
+        if num_classes:
+            return _label_scores(readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
         return _embedding_scores(readings_VBC)
 
     def _sweep_strategy(self, *, is_text: bool) -> SweepStrategy:
@@ -431,12 +445,47 @@ class NIWTProfiler:
             size = min(size, _CPU_TOKENS // (num_variants * num_columns))
         return max(1, size)
 
-    def _micro_batches(self, size: int, *tensors_BT: Tensor) -> Iterator[list[Tensor]]:
-        """Yield `size` rows at a time of (ids, attention mask, ...), without columns that are padding in all of them."""
-        for ids_BT, mask_BT, *others in _slices(tensors_BT, size, self.model.device):
-            columns = mask_BT.any(dim=0).nonzero()
-            used = slice(int(columns[0]), int(columns[-1]) + 1)
-            yield [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
+    def _in_micro_batches(
+        self, size: int, tensors: Sequence[Tensor], run: Callable[[slice, list[Tensor]], Part]
+    ) -> list[Part]:
+        """Return what `run` gives for `size` rows at a time of tensors that share their first axis.
+
+        `run` is given the range of the rows and the rows themselves, on the model's device.
+
+        Running out of memory halves the size, for this and for all later calls, and runs the same rows again.
+
+        Raises:
+            ProfilingError: a single sample is too much.
+        """
+        results: list[Part] = []
+        start = 0
+        while start < len(tensors[0]):
+            size = min(size, self._fitting_size or size)
+            part = [tensor[start : start + size].to(self.model.device) for tensor in tensors]
+            num_rows = len(part[0])
+            failure: str | None = None
+            try:
+                results.append(run(slice(start, start + num_rows), part))
+                start += num_rows
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                # Only the text is kept: the error's traceback would keep the tensors.
+                failure = f"{type(error).__name__} {error}".splitlines()[0]
+            if failure is not None:
+                del part
+                if num_rows == 1:
+                    raise ProfilingError(
+                        f"Expected memory for one sample and its {len(self.stack)} ablations, found none left ({failure}). Use "
+                        "strategy='prefix', shorter rows, or a device with more memory."
+                    )
+                self._fitting_size = num_rows // 2
+                logger.warning(
+                    "Out of memory with %d samples at once; going on with %d at once.", num_rows, self._fitting_size
+                )
+                if torch.cuda.is_available():  # pragma: no cover - needs a GPU: only there freed memory stays reserved
+                    torch.cuda.empty_cache()
+        return results
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,33 +531,52 @@ def _probe_statistics(batch: ProfileBatch | EncoderProfileBatch, scores: _Scores
     return ProbeStatistics.of(scores.embeddings_VBE[0].numpy(), batch.labels_B.cpu().numpy())
 
 
-def _slices(tensors: Sequence[Tensor], size: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """Yield `size` rows at a time of tensors that share their first axis."""
-    for start in range(0, len(tensors[0]), size):
-        yield [tensor[start : start + size].to(device) for tensor in tensors]
+def _without_padding(tensors_BT: Sequence[Tensor]) -> list[Tensor]:
+    """Return (ids, attention mask, ...) without the columns that are padding in all rows; ids and mask as int64."""
+    ids_BT, mask_BT, *others = tensors_BT
+    columns = mask_BT.any(dim=0).nonzero()
+    used = slice(int(columns[0]), int(columns[-1]) + 1)
+    return [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Return whether an allocation failed; torch's CPU allocator has no type of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 class _LayerStatistics:
     """Accumulates the activation statistics of every layer over micro-batches."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self) -> None:
         self.moments: list[ActivationMoments] = []
         self.comoments: list[Comoment] = []
         self.updates: list[MeanUpdate] = []
-        self._num_layers = num_layers
 
     def observe(self, index: int, inputs_ND: Tensor, outputs_ND: Tensor) -> None:
-        moments, comoment = ActivationMoments.of(outputs_ND), Comoment.of(outputs_ND)
-        update = MeanUpdate.of(outputs_ND - inputs_ND)
-        if len(self.moments) < self._num_layers:
-            # The first micro-batch; blocks are called in order.
-            self.moments.append(moments)
-            self.comoments.append(comoment)
-            self.updates.append(update)
+        # One sweep, in which blocks are called in order.
+        assert index == len(self.moments)
+        self.moments.append(ActivationMoments.of(outputs_ND))
+        self.comoments.append(Comoment.of(outputs_ND))
+        self.updates.append(MeanUpdate.of(outputs_ND - inputs_ND))
+
+    def merge(self, part: _LayerStatistics) -> None:
+        if not self.moments:
+            self.moments, self.comoments, self.updates = part.moments, part.comoments, part.updates
         else:
-            self.moments[index] = self.moments[index].merge(moments)
-            self.comoments[index] = self.comoments[index].merge(comoment)
-            self.updates[index] = self.updates[index].merge(update)
+            self.moments = [a.merge(b) for a, b in zip(self.moments, part.moments, strict=True)]
+            self.comoments = [a.merge(b) for a, b in zip(self.comoments, part.comoments, strict=True)]
+            self.updates = [a.merge(b) for a, b in zip(self.updates, part.updates, strict=True)]
+
+
+@contextmanager
+def _observed(statistics: _LayerStatistics | None) -> Iterator[StatesObserver | None]:
+    """Yield an observer whose findings are added when the body ends, and dropped when it fails: its rows are run again."""
+    if statistics is None:
+        yield None
+        return
+    part = _LayerStatistics()
+    yield part.observe
+    statistics.merge(part)
 
 
 def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
