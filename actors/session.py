@@ -18,7 +18,7 @@ from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_envir
 from actors.memory import MemoryMeter
 from nexus.artifacts import read_artifact
 from nexus.config import Role, RunConfig
-from nexus.errors import NexusError, StageFailedError
+from nexus.errors import ConfigError, NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
@@ -212,15 +212,24 @@ class Session:
         ]
 
     def check_inputs(self) -> None:
-        """Look at every data file and every teacher's folder: a mistake there need not wait for Ray.
+        """Look at the student's preset, every data file and every teacher's folder: a mistake there need not wait for Ray.
 
         Raises:
+            ConfigError: no preset has that name.
             DataError: a data file is missing, empty, or of an unknown kind.
             TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
         """
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
+        from nexus.towers.registry import nearest, shipped_config
 
+        preset = self.config.student.preset
+        presets = tuple(sorted(path.stem for path in shipped_config("student/quickstart.yaml").parent.glob("*.yaml")))
+        if preset not in presets:
+            raise ConfigError(
+                f"Expected student.preset to be one of {', '.join(presets)}, found {preset!r}{nearest(preset, presets)} "
+                "Correct it."
+            )
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):

@@ -101,6 +101,7 @@ INPUT_MISTAKES = {
     "data of an unknown kind": ("data.reasoning.test", ["notes.txt"], "Expected a data file that ends in .parquet"),
     "damaged Parquet": ("data.reasoning.labelled", ["broken.parquet"], "broken.parquet"),
     "missing teacher": ("teachers.0.path", "none", "Expected the checkpoint folder of teacher 'sample-reasoning'"),
+    "unknown preset": ("student.preset", "quikstart", "found 'quikstart'. Did you mean 'quickstart'? Correct it."),
     "role without a loader": ("teachers.0.role", "diffusion", "role diffusion"),
 }
 
