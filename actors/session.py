@@ -215,7 +215,7 @@ class Session:
         """Look at the student's preset, every data file and every teacher's folder: a mistake there need not wait for Ray.
 
         Raises:
-            ConfigError: no preset has that name.
+            ConfigError: no preset has that name, or it has too few positions for the configured lengths.
             DataError: a data file is missing, empty, or of an unknown kind.
             TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
         """
@@ -230,11 +230,29 @@ class Session:
                 f"Expected student.preset to be one of {', '.join(presets)}, found {preset!r}{nearest(preset, presets)} "
                 "Correct it."
             )
+        self._check_positions(shipped_config(f"student/{preset}.yaml"))
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
                 if texts:
                     iter_records([resolve_path(text) for text in texts], capability=source.capability, quarantine=None)
+
+    def _check_positions(self, preset: Path) -> None:
+        """Refuse lengths that the student has no positions for."""
+        import yaml
+
+        positions = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]["max_position_embeddings"]
+        if self.config.student.max_length > positions:
+            raise ConfigError(
+                f"Expected student.max_length of at most {positions}, the positions of preset {preset.stem!r}, found "
+                f"{self.config.student.max_length}. Lower it."
+            )
+        for source in self.config.data:
+            if source.max_new_tokens >= positions:
+                raise ConfigError(
+                    f"Expected data.{source.capability}.max_new_tokens to leave room for a prompt in the {positions} positions of "
+                    f"preset {preset.stem!r}, found {source.max_new_tokens}. Lower it."
+                )
 
     def checkpoint_of(self, teacher_id: str) -> Path:
         """Checkpoint folder of one teacher."""
