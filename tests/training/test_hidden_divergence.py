@@ -48,6 +48,10 @@ PAIRS: dict[str, tuple[tuple[Term, ...], Dense]] = {
     "skewed_kl_0.6": (skewed_kl_terms(0.6), functools.partial(skewed_kl, alpha=0.6)),
     "skewed_reverse_kl": (skewed_reverse_kl_terms(), skewed_reverse_kl),
     "distill": (DISTILL_MIX, distill_divergence),
+    "both_kls": (
+        (Term(0.25, "teacher", 0.0), Term(2.0, "student", 1.0)),
+        lambda *args, **settings: 0.25 * forward_kl(*args, **settings) + 2.0 * reverse_kl(*args, **settings),
+    ),
 }
 every = pytest.mark.parametrize(("terms", "dense"), PAIRS.values(), ids=PAIRS.keys())
 
