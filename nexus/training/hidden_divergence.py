@@ -69,11 +69,24 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class Term:
-    """weight KL(under || teacher_share * teacher + (1 - teacher_share) * student)."""
+    """weight KL(under || teacher_share * teacher + (1 - teacher_share) * student).
+
+    Raises:
+        ValueError: a weight or a share out of range; also the share at which a model is compared with itself.
+    """
 
     weight: float
+    """Finite and above 0."""
     under: Literal["teacher", "student"]
     teacher_share: float
+    """From 0, for terms under the student above 0, to 1, for terms under the teacher below 1."""
+
+    def __post_init__(self) -> None:
+        itself = 1.0 if self.under == "teacher" else 0.0
+        if not (math.isfinite(self.weight) and self.weight > 0.0 and 0.0 <= self.teacher_share <= 1.0):
+            raise ValueError(f"term: expected a finite weight above 0 and a teacher_share from 0 to 1, found {self}")
+        if self.teacher_share == itself:
+            raise ValueError(f"term: expected two distributions, found the {self.under} against itself in {self}")
 
 
 FORWARD_KL = (Term(1.0, "teacher", 0.0),)
@@ -342,27 +355,28 @@ def _values_and_slopes(
     log_q_RJ: Tensor, q_RJ: Tensor, log_p_RJ: Tensor, terms: tuple[Term, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each term: the tile's part of the divergence [R], and s_v [R, J] of the module's formulas."""
+    p_RJ = log_p_RJ.exp()
     for term in terms:
         student_share = 1.0 - term.teacher_share
-        if term.under == "teacher":
-            p_RJ = log_p_RJ.exp()
-            ratio_RJ = log_p_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
-            value_R = (p_RJ * ratio_RJ).sum(dim=-1)
-            # q p / m is p where m = q, and nothing may be divided by a q that underflowed. Elsewhere p / m <= 1 / share.
-            slope_RJ = p_RJ if term.teacher_share == 0.0 else ratio_RJ.exp_().mul_(q_RJ)
-            slope_RJ.mul_(-term.weight * student_share)
+        log_a_RJ, a_RJ = (log_p_RJ, p_RJ) if term.under == "teacher" else (log_q_RJ, q_RJ)
+        if 0.0 < term.teacher_share < 1.0:
+            # One logarithm instead of a log-add-exp. a / m is at most 1 / share; where both vanish the entry adds 0.
+            tiny = torch.finfo(q_RJ.dtype).tiny
+            quotient_RJ = a_RJ / (p_RJ * term.teacher_share).add_(q_RJ, alpha=student_share).clamp_min_(tiny)
+            log_quotient_RJ = quotient_RJ.clamp_min(tiny).log_()
         else:
-            ratio_RJ = log_q_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
-            value_R = (q_RJ * ratio_RJ).sum(dim=-1)
-            slope_RJ = ratio_RJ if student_share == 0.0 else ratio_RJ.sub_(ratio_RJ.exp(), alpha=student_share)
-            slope_RJ.mul_(q_RJ).mul_(term.weight)
-        yield term.weight * value_R, slope_RJ
-
-
-def _log_m(log_q_RJ: Tensor, log_p_RJ: Tensor, teacher_share: float) -> Tensor:
-    if teacher_share in (0.0, 1.0):
-        return log_q_RJ if teacher_share == 0.0 else log_p_RJ
-    return torch.logaddexp(log_p_RJ + math.log(teacher_share), log_q_RJ + math.log1p(-teacher_share))
+            quotient_RJ = None
+            log_quotient_RJ = log_a_RJ - (log_q_RJ if term.under == "teacher" else log_p_RJ)
+        value_R = term.weight * (a_RJ * log_quotient_RJ).sum(dim=-1)
+        if term.under == "student":
+            slope_RJ = (
+                log_quotient_RJ if quotient_RJ is None else log_quotient_RJ.sub_(quotient_RJ, alpha=student_share)
+            )
+            yield value_R, slope_RJ.mul_(q_RJ).mul_(term.weight)
+        else:
+            # q p / m is p where m = q, and nothing may be divided by a q that underflowed.
+            slope_RJ = p_RJ.clone() if quotient_RJ is None else quotient_RJ.mul_(q_RJ)
+            yield value_R, slope_RJ.mul_(-term.weight * student_share)
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor, native: torch.dtype) -> None:

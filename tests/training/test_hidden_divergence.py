@@ -306,6 +306,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
         problem.tiled(FORWARD_KL)
     with pytest.raises(ValueError, match="beta: expected"):
         jsd_terms(1.5)
+    for weight, under, share in ((0.0, "teacher", 0.0), (math.nan, "teacher", 0.0), (1.0, "student", 1.1)):
+        with pytest.raises(ValueError, match="term: expected a finite weight"):
+            Term(weight, under, share)
+    for under, share in (("teacher", 1.0), ("student", 0.0)):
+        with pytest.raises(ValueError, match="against itself"):
+            Term(1.0, under, share)
     for make in (skewed_kl_terms, skewed_reverse_kl_terms):
         with pytest.raises(ValueError, match="alpha: expected"):
             make(0.0)
