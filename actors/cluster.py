@@ -27,7 +27,7 @@ SLOW_START = "timed out during startup"
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
 HEALTH_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """Takes an empty request; needs a token where the cluster does."""
-TOKEN_FILE = "nexus_auth_token"  # nosec B105 # a name, no secret
+TOKEN_FILE = "nexus_auth_token"
 """Below ~/.ray: the token of the clusters that nexus starts; the dashboard asks for it."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""

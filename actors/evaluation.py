@@ -318,4 +318,4 @@ def remote_student(session: Session) -> Any:
     from actors.student import StudentActor
 
     options = session.actor_options("student")
-    return ray.remote(StudentActor).options(**options).remote(session.config, str(session.run.path))
+    return ray.remote(StudentActor).options(**options).remote(session.config, str(session.run.path), str(Path.cwd()))

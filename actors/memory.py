@@ -5,6 +5,7 @@ PSS divides a shared page among its users, so the sum over processes counts Ray'
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -77,6 +78,16 @@ class MemoryMeter:
 
     def _belongs(self, process: psutil.Process) -> bool:
         return any(self._session_name in argument for argument in process.info["cmdline"] or ())
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what the C library keeps of freed blocks.
+
+    It keeps them for the next step, as MALLOC_TRIM_THRESHOLD_ asks; after a rare large piece of work nobody wants them again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's alone
+        trim(0)
 
 
 def _pss_bytes(pid: int) -> int:

@@ -18,7 +18,7 @@ from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_envir
 from actors.memory import MemoryMeter
 from nexus.artifacts import read_artifact
 from nexus.config import Role, RunConfig
-from nexus.errors import NexusError, StageFailedError
+from nexus.errors import ConfigError, NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Session:
 
     @property
     def specs(self) -> list[TeacherSpec]:
-        """What each teacher is loaded from.
+        """What each teacher is loaded from; absolute paths, because Ray's workers have another working directory.
 
         Raises:
             TowerLoadError: when a teacher's files are not on this machine.
@@ -200,26 +200,59 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
+        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
         return [
-            dataclasses.replace(resolve_teacher(teacher, registry, models_dir=self._models_dir), id=teacher.id)
-            for teacher in self.config.teachers
+            dataclasses.replace(
+                spec,
+                id=teacher.id,
+                path=str(Path(spec.path).absolute()),
+                base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
+            )
+            for teacher, spec in zip(self.config.teachers, found, strict=True)
         ]
 
     def check_inputs(self) -> None:
-        """Look at every data file and every teacher's folder: a mistake there need not wait for Ray.
+        """Look at the student's preset, every data file and every teacher's folder: a mistake there need not wait for Ray.
 
         Raises:
+            ConfigError: no preset has that name, or it has too few positions for the configured lengths.
             DataError: a data file is missing, empty, or of an unknown kind.
             TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
         """
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
+        from nexus.towers.registry import nearest, shipped_config
 
+        preset = self.config.student.preset
+        presets = tuple(sorted(path.stem for path in shipped_config("student/quickstart.yaml").parent.glob("*.yaml")))
+        if preset not in presets:
+            raise ConfigError(
+                f"Expected student.preset to be one of {', '.join(presets)}, found {preset!r}{nearest(preset, presets)} "
+                "Correct it."
+            )
+        self._check_positions(shipped_config(f"student/{preset}.yaml"))
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
                 if texts:
                     iter_records([resolve_path(text) for text in texts], capability=source.capability, quarantine=None)
+
+    def _check_positions(self, preset: Path) -> None:
+        """Refuse lengths that the student has no positions for."""
+        import yaml
+
+        positions = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]["max_position_embeddings"]
+        if self.config.student.max_length > positions:
+            raise ConfigError(
+                f"Expected student.max_length of at most {positions}, the positions of preset {preset.stem!r}, found "
+                f"{self.config.student.max_length}. Lower it."
+            )
+        for source in self.config.data:
+            if source.max_new_tokens >= positions:
+                raise ConfigError(
+                    f"Expected data.{source.capability}.max_new_tokens to leave room for a prompt in the {positions} positions of "
+                    f"preset {preset.stem!r}, found {source.max_new_tokens}. Lower it."
+                )
 
     def checkpoint_of(self, teacher_id: str) -> Path:
         """Checkpoint folder of one teacher."""

@@ -265,6 +265,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         plan = TrainerPlan(
             config=config,
             run_dir=str(session.run.path),
+            working_dir=str(Path.cwd()),
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,

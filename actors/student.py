@@ -37,9 +37,11 @@ class RouteResult:
 class StudentActor:
     """Works on the students of one run directory."""
 
-    def __init__(self, config: RunConfig, run_dir: str) -> None:
+    def __init__(self, config: RunConfig, run_dir: str, working_dir: str) -> None:
+        """`working_dir` is what relative paths of `config` start from."""
         self._config = config
         self._run_dir = Path(run_dir)
+        self._working_dir = working_dir
         self._students: dict[str, BundleStudent] = {}
 
     def __repr__(self) -> str:
@@ -55,6 +57,7 @@ class StudentActor:
         from nexus.training.routing import train_router
 
         config = self._config
+        os.chdir(self._working_dir)
         student, tokenizer = self._trained("distilled", teachers)
         quarantine = Quarantine(self._run_dir / "quarantine", config.quarantine.max_bad_share)
         fits = length_check(tokenizer, config.student.max_length)

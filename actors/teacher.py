@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.memory import release_freed_memory
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
@@ -94,13 +95,13 @@ class TeacherActor:
 
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
-        return self._timed(
+        return self._seldom(
             len(records), lambda engine: engine.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
-        return self._timed(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+        return self._seldom(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
 
     def confirm(
         self,
@@ -111,14 +112,14 @@ class TeacherActor:
         answers: AnswerCheck | None,
     ) -> ConfirmationMeasurement:
         """Second pass of a profile over some rows of the first."""
-        return self._timed(
+        return self._seldom(
             len(records),
             lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
         )
 
     def tax(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> TaxMeasurement:
         """Float original against NF4 on the same rows; the float copy is dropped afterwards."""
-        return self._timed(
+        return self._seldom(
             len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
@@ -129,6 +130,13 @@ class TeacherActor:
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
         return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+
+    def _seldom(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+        """As `_timed`, for work whose large blocks are not wanted again by the next step."""
+        try:
+            return self._timed(rows, call)
+        finally:
+            release_freed_memory()
 
     def _timed(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         engine = self._loaded()

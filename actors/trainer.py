@@ -36,6 +36,8 @@ class TrainerPlan:
 
     config: RunConfig
     run_dir: str
+    working_dir: str
+    """What relative paths of the configuration start from: a worker of a joined cluster was started elsewhere."""
     student: str
     """`distilled` or `labels_only`; names the checkpoint folder and the events."""
     teachers: tuple[TeacherFacts, ...]
@@ -128,6 +130,7 @@ class TrainerActor:
         from nexus.training.setup import build_loop
 
         plan = self._plan
+        os.chdir(plan.working_dir)
         torch.set_num_threads(plan.config.cluster.torch_threads)
         run_dir = Path(plan.run_dir)
         events = EventLog(run_dir / EVENTS_FILE)

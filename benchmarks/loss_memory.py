@@ -4,8 +4,8 @@
 
 Each measurement is a process of its own: forward and backward once to warm up, then `--repeats` times. The time is the best of
 them, with the CPU seconds of all threads beside it (on a shared machine their ratio is the steadier one). The memory is the growth
-of the process's resident peak (VmHWM) from just before the first pass, inputs and heads loaded. The gradient of the student's head
-(V x width) is part of it, as it is of every form. Forms:
+of the process's resident peak (VmHWM, Linux) from just before the first pass, inputs and heads loaded. The gradient of the
+student's head (V x width) is part of it, as it is of every form. Forms:
 
     nexus       nexus.training.hidden_divergence
     dense       logits of both models, nexus.training.divergence, autograd
@@ -108,6 +108,8 @@ def _measure(arguments: argparse.Namespace, form: str, divergence: str) -> dict[
     teacher = torch.randn(1, tokens, width)
     teacher_head = torch.randn(vocabulary, width) * (2.0 / math.sqrt(width))
     seconds, cpu_seconds = [], []
+    # Making the inputs had a peak of its own; 5 sets the kernel's peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
     before = _peak_gib()
     for _ in range(arguments.repeats + 1):
         student.grad = head.grad = None

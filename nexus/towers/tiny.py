@@ -71,11 +71,11 @@ def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerFast:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *map(chr, range(32, 127)), "\n"]
     tokens += [f"<{index}>" for index in range(len(tokens), VOCABULARY)]
     vocabulary = {special.get(index, token): index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # nosec B106 # the name of a token
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",  # nosec B106
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
         extra_special_tokens=roles,
     )  # fmt: skip
 

@@ -1,10 +1,11 @@
 """Divergences between two models from their last hidden states and output heads, without ever holding [tokens, V] logits.
 
 At a vocabulary of 151,936 the float32 logits of 1,024 tokens take 0.58 GiB per model, and the dense loss keeps several such tensors
-for its backward pass. Here logits live in a workspace of fixed size: the forward pass takes blocks of rows, fills them one tile of
-the vocabulary after the other while an online log-sum-exp runs (Milakov and Gimelshein 2018, arXiv 1805.02867), and keeps three
-numbers per row; the backward pass recomputes one tile at a time from them. Nothing of the size of a head is kept between the two,
-so the losses of many teachers over one student head cost no memory beside each other.
+for its backward pass. Here logits exist one tile of the vocabulary at a time: the forward pass runs an online log-sum-exp over the
+tiles (Milakov and Gimelshein 2018, arXiv 1805.02867), which already gives the forward KL, computes the tiles a second time for
+every other divergence, and keeps three numbers per row; the backward pass recomputes each tile from those. Nothing of the size of
+a head is kept between the two, so the losses of many teachers over one student head cost no memory beside each other, and a
+gradient that is not asked for is not computed.
 
 Every divergence of `training.divergence` is a sum of terms w KL(a || m), a the teacher p or the student q and
 m = share p + (1 - share) q. With s_v = q_v dD/dq_v and D one row's divergence over logits l,
@@ -40,15 +41,16 @@ from nexus.training.divergence import (
     per_token,
 )
 
-WORKSPACE_BYTES = 160 << 20
+WORKSPACE_BYTES = 96 << 20
 """Room for logits and their temporaries: 1,024 tokens over a vocabulary of 151,936 then train in 0.5 GiB, of which 0.29 are the
-gradient of a 512-wide head. On a GPU give more: blocks of a thousand rows fill its matrix units."""
+gradient of a 512-wide head. On a GPU give more: wide tiles fill its matrix units."""
 
 TILE_TENSORS = 10
 """Tensors of one tile that are alive at a time: log-probabilities and probabilities of both models, those of m, and temporaries."""
 
 MAX_BLOCK_ROWS = 1024
-"""Rows per block of the backward pass: more rows mean narrower tiles, and below some 1,000 ids a tile's matrix product slows."""
+"""Rows that are worked on at a time: more mean narrower tiles, and below some 1,000 ids a tile's matrix product slows; fewer read
+the heads more often."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,24 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class Term:
-    """weight KL(under || teacher_share * teacher + (1 - teacher_share) * student)."""
+    """weight KL(under || teacher_share * teacher + (1 - teacher_share) * student).
+
+    Raises:
+        ValueError: a weight or a share out of range; also the share at which a model is compared with itself.
+    """
 
     weight: float
+    """Finite and above 0."""
     under: Literal["teacher", "student"]
     teacher_share: float
+    """From 0, for terms under the student above 0, to 1, for terms under the teacher below 1."""
+
+    def __post_init__(self) -> None:
+        itself = 1.0 if self.under == "teacher" else 0.0
+        if not (math.isfinite(self.weight) and self.weight > 0.0 and 0.0 <= self.teacher_share <= 1.0):
+            raise ValueError(f"term: expected a finite weight above 0 and a teacher_share from 0 to 1, found {self}")
+        if self.teacher_share == itself:
+            raise ValueError(f"term: expected two distributions, found the {self.under} against itself in {self}")
 
 
 FORWARD_KL = (Term(1.0, "teacher", 0.0),)
@@ -195,26 +210,30 @@ class _RowDivergences(torch.autograd.Function):
         student = _Logits(student_MD, student_weight_VD, student_bias_V, setting.student_softcap, setting)
         teacher = _Logits(teacher_ME, teacher_weight_VE, teacher_bias_V, setting.teacher_softcap, setting)
         num_rows, vocabulary_size = student_MD.shape[0], student_weight_VD.shape[0]
-        # Half of the workspace holds both models' logits of the block, the other half the temporaries of a tile.
-        item = setting.dtype.itemsize
-        block = _at_least_one(setting.workspace_bytes // (4 * vocabulary_size * item), num_rows)
-        tile = _at_least_one(setting.workspace_bytes // (2 * TILE_TENSORS * block * item), vocabulary_size)
+        block, tile = _block_and_tile(num_rows, vocabulary_size, setting)
+        # The reverse KL could do with one pass too, but its sum_u s_u must carry the rounding of the tiles it is subtracted from.
+        plain = all((term.under, term.teacher_share) == ("teacher", 0.0) for term in setting.terms)
         values_M, slopes_M, student_norms_M, teacher_norms_M = (
             torch.zeros(num_rows, dtype=setting.dtype, device=student_MD.device) for _ in range(4)
         )
-        student_RV, teacher_RV = (
-            torch.empty(block, vocabulary_size, dtype=setting.dtype, device=student_MD.device) for _ in range(2)
-        )
         for rows in _slices(num_rows, block):
-            count = rows.stop - rows.start
-            for logits, block_RV, norms_M in (
-                (student, student_RV[:count], student_norms_M),
-                (teacher, teacher_RV[:count], teacher_norms_M),
-            ):
-                norms_M[rows] = logits.fill(block_RV, rows, tile)
+            under_q, under_p = (_Running(values_M[rows]) for _ in range(2))
             for ids in _slices(vocabulary_size, tile):
-                log_q_RJ = student_RV[:count, ids] - student_norms_M[rows, None]
-                log_p_RJ = teacher_RV[:count, ids] - teacher_norms_M[rows, None]
+                student_RJ, teacher_RJ = student.tile(rows, ids), teacher.tile(rows, ids)
+                gap_RJ = student_RJ - teacher_RJ if plain else None
+                under_q.add(student_RJ, None)
+                under_p.add(teacher_RJ, gap_RJ)
+            norm_q_R, norm_p_R = under_q.norm_R, under_p.norm_R
+            student_norms_M[rows], teacher_norms_M[rows] = norm_q_R, norm_p_R
+            if plain:
+                # The mean of the logits' difference says it all, and sum_u s_u is -w.
+                weight = sum(term.weight for term in setting.terms)
+                values_M[rows] = weight * (norm_q_R - norm_p_R - under_p.mean_R)
+                slopes_M[rows] = -weight
+                continue
+            for ids in _slices(vocabulary_size, tile):
+                log_q_RJ = student.tile(rows, ids).sub_(norm_q_R[:, None])
+                log_p_RJ = teacher.tile(rows, ids).sub_(norm_p_R[:, None])
                 for value_R, slope_RJ in _values_and_slopes(log_q_RJ, log_q_RJ.exp(), log_p_RJ, setting.terms):
                     values_M[rows] += value_R
                     slopes_M[rows] += slope_RJ.sum(dim=-1)
@@ -243,10 +262,7 @@ class _RowDivergences(torch.autograd.Function):
         student = _Logits(student_MD, weight_VD, bias_V, setting.student_softcap, setting)
         teacher = _Logits(teacher_ME, teacher_weight_VE, teacher_bias_V, setting.teacher_softcap, setting)
         num_rows, vocabulary_size = student_MD.shape[0], weight_VD.shape[0]
-        block = _at_least_one(MAX_BLOCK_ROWS, num_rows)
-        tile = _at_least_one(
-            setting.workspace_bytes // (TILE_TENSORS * block * setting.dtype.itemsize), vocabulary_size
-        )
+        block, tile = _block_and_tile(num_rows, vocabulary_size, setting)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         states_MD = torch.zeros_like(student_MD, dtype=setting.dtype) if wants_states else None
         weights_VD = torch.empty_like(weight_VD) if wants_weight else None
@@ -307,44 +323,60 @@ class _Logits:
             logits_RJ.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_RJ.div_(self.setting.temperature)
 
-    def fill(self, block_RV: Tensor, rows: slice, tile: int) -> Tensor:
-        """Write the rows' logits into the block; return their log-sum-exp [R], which runs along."""
-        largest_R = block_RV.new_full(block_RV.shape[:1], -math.inf)
-        sum_R = torch.zeros_like(largest_R)
-        for ids in _slices(block_RV.shape[1], tile):
-            logits_RJ = self.tile(rows, ids)
-            block_RV[:, ids] = logits_RJ
-            larger_R = torch.maximum(largest_R, logits_RJ.amax(dim=-1))
-            sum_R = sum_R * (largest_R - larger_R).exp() + logits_RJ.sub_(larger_R[:, None]).exp_().sum(dim=-1)
-            largest_R = larger_R
-        return largest_R + sum_R.log()
+
+class _Running:
+    """Log-sum-exp over the tiles so far, and the mean of a second quantity under their softmax, for each row [R]."""
+
+    def __init__(self, like_R: Tensor) -> None:
+        self._largest_R = torch.full_like(like_R, -math.inf)
+        self._sum_R = torch.zeros_like(like_R)
+        self._weighted_R = torch.zeros_like(like_R)
+
+    def add(self, logits_RJ: Tensor, quantity_RJ: Tensor | None) -> None:
+        """Take in a tile; its logits are used up."""
+        larger_R = torch.maximum(self._largest_R, logits_RJ.amax(dim=-1))
+        shrink_R = (self._largest_R - larger_R).exp()
+        weights_RJ = logits_RJ.sub_(larger_R[:, None]).exp_()
+        self._largest_R = larger_R
+        self._sum_R = self._sum_R * shrink_R + weights_RJ.sum(dim=-1)
+        if quantity_RJ is not None:
+            self._weighted_R = self._weighted_R * shrink_R + weights_RJ.mul_(quantity_RJ).sum(dim=-1)
+
+    @property
+    def norm_R(self) -> Tensor:
+        return self._largest_R + self._sum_R.log()
+
+    @property
+    def mean_R(self) -> Tensor:
+        return self._weighted_R / self._sum_R
 
 
 def _values_and_slopes(
     log_q_RJ: Tensor, q_RJ: Tensor, log_p_RJ: Tensor, terms: tuple[Term, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each term: the tile's part of the divergence [R], and s_v [R, J] of the module's formulas."""
+    p_RJ = log_p_RJ.exp()
     for term in terms:
         student_share = 1.0 - term.teacher_share
-        if term.under == "teacher":
-            p_RJ = log_p_RJ.exp()
-            ratio_RJ = log_p_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
-            value_R = (p_RJ * ratio_RJ).sum(dim=-1)
-            # q p / m is p where m = q, and nothing may be divided by a q that underflowed. Elsewhere p / m <= 1 / share.
-            slope_RJ = p_RJ if term.teacher_share == 0.0 else ratio_RJ.exp_().mul_(q_RJ)
-            slope_RJ.mul_(-term.weight * student_share)
+        log_a_RJ, a_RJ = (log_p_RJ, p_RJ) if term.under == "teacher" else (log_q_RJ, q_RJ)
+        if 0.0 < term.teacher_share < 1.0:
+            # One logarithm instead of a log-add-exp. a / m is at most 1 / share; where both vanish the entry adds 0.
+            tiny = torch.finfo(q_RJ.dtype).tiny
+            quotient_RJ = a_RJ / (p_RJ * term.teacher_share).add_(q_RJ, alpha=student_share).clamp_min_(tiny)
+            log_quotient_RJ = quotient_RJ.clamp_min(tiny).log_()
         else:
-            ratio_RJ = log_q_RJ - _log_m(log_q_RJ, log_p_RJ, term.teacher_share)
-            value_R = (q_RJ * ratio_RJ).sum(dim=-1)
-            slope_RJ = ratio_RJ if student_share == 0.0 else ratio_RJ.sub_(ratio_RJ.exp(), alpha=student_share)
-            slope_RJ.mul_(q_RJ).mul_(term.weight)
-        yield term.weight * value_R, slope_RJ
-
-
-def _log_m(log_q_RJ: Tensor, log_p_RJ: Tensor, teacher_share: float) -> Tensor:
-    if teacher_share in (0.0, 1.0):
-        return log_q_RJ if teacher_share == 0.0 else log_p_RJ
-    return torch.logaddexp(log_p_RJ + math.log(teacher_share), log_q_RJ + math.log1p(-teacher_share))
+            quotient_RJ = None
+            log_quotient_RJ = log_a_RJ - (log_q_RJ if term.under == "teacher" else log_p_RJ)
+        value_R = term.weight * (a_RJ * log_quotient_RJ).sum(dim=-1)
+        if term.under == "student":
+            slope_RJ = (
+                log_quotient_RJ if quotient_RJ is None else log_quotient_RJ.sub_(quotient_RJ, alpha=student_share)
+            )
+            yield value_R, slope_RJ.mul_(q_RJ).mul_(term.weight)
+        else:
+            # q p / m is p where m = q, and nothing may be divided by a q that underflowed.
+            slope_RJ = p_RJ.clone() if quotient_RJ is None else quotient_RJ.mul_(q_RJ)
+            yield value_R, slope_RJ.mul_(-term.weight * student_share)
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor, native: torch.dtype) -> None:
@@ -359,8 +391,11 @@ def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _at_least_one(wanted: int, available: int) -> int:
-    return max(1, min(wanted, available))
+def _block_and_tile(num_rows: int, vocabulary_size: int, setting: _Setting) -> tuple[int, int]:
+    """Rows and ids that are worked on at a time, at least one of each."""
+    block = max(1, min(MAX_BLOCK_ROWS, num_rows))
+    tile = setting.workspace_bytes // (TILE_TENSORS * block * setting.dtype.itemsize)
+    return block, max(1, min(tile, vocabulary_size))
 
 
 def _check(hidden: Tensor, head: OutputHead, loss_mask_BT: Tensor, model: str) -> None:

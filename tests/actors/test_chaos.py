@@ -43,8 +43,10 @@ DEADLINE_S = 300.0
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One teacher, 48 rows, 44 steps."""
+    """One teacher, 48 rows, 44 steps; relative paths, which the workers of a Ray that was started elsewhere have to find."""
     folder = tmp_path_factory.mktemp("chaos")
+    shutil.copy(SAMPLES / "reasoning" / "labelled.parquet", folder)
+    shutil.copytree(SAMPLES / "teachers" / "sample-reasoning", folder / "teacher")
     pq.write_table(pq.read_table(SAMPLES / "reasoning" / "pool.parquet").slice(0, 48), folder / "pool.parquet")
     document = {
         "name": "chaos",
@@ -53,7 +55,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "kind": "path",
                 "id": "sample-reasoning",
-                "path": str(SAMPLES / "teachers" / "sample-reasoning"),
+                "path": "teacher",
                 "role": "causal_lm",
                 "capabilities": ["reasoning"],
             }
@@ -61,8 +63,8 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": [
             {
                 "capability": "reasoning",
-                "pool": [str(folder / "pool.parquet")],
-                "labelled": [str(SAMPLES / "reasoning" / "labelled.parquet")],
+                "pool": ["pool.parquet"],
+                "labelled": ["labelled.parquet"],
                 "test": [str(SAMPLES / "reasoning" / "test.parquet")],
                 "towers": ["reasoning"],
                 "answer": "gsm8k",
@@ -185,12 +187,17 @@ def test_an_injected_spike_is_skipped_and_counted_and_the_run_completes(config_f
 
 
 def _start(config: Path, out: Path, cluster: str, *more: str) -> subprocess.Popen[str]:
-    """The command, its output to a file beside the run (a pipe would fill up and block it)."""
+    """The command in the folder of its configuration, its output to a file beside the run (a pipe would fill up and block it)."""
     log = out.with_suffix(".log")
     command = ["distill", "--config", str(config), "--out", str(out), "--cluster", cluster, *more]
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *command], stdout=file, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            [sys.executable, "-m", "jobs.cli", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=config.parent,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
 
 

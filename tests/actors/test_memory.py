@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.cluster import MALLOC_ENVIRONMENT
 from actors.memory import MemoryMeter, _pss_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +108,27 @@ def test_a_process_that_is_gone_weighs_nothing():
     with _holder() as child:
         assert _pss_bytes(child.pid) > HELD_MIB * MIB
     assert _pss_bytes(child.pid) == 0
+
+
+RELEASE = """
+import sys
+from actors.memory import _pss_bytes, release_freed_memory
+import os
+blocks = [bytearray(64 << 10) for _ in range(1600)]
+del blocks
+held = _pss_bytes(os.getpid())
+release_freed_memory()
+print((held - _pss_bytes(os.getpid())) >> 20)
+"""
+
+
+def test_freed_blocks_that_the_c_library_keeps_are_given_back_when_asked():
+    done = subprocess.run(
+        [sys.executable, "-c", RELEASE],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **MALLOC_ENVIRONMENT},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 80  # of 100 MiB

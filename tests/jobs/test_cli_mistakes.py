@@ -101,6 +101,17 @@ INPUT_MISTAKES = {
     "data of an unknown kind": ("data.reasoning.test", ["notes.txt"], "Expected a data file that ends in .parquet"),
     "damaged Parquet": ("data.reasoning.labelled", ["broken.parquet"], "broken.parquet"),
     "missing teacher": ("teachers.0.path", "none", "Expected the checkpoint folder of teacher 'sample-reasoning'"),
+    "unknown preset": ("student.preset", "quikstart", "found 'quikstart'. Did you mean 'quickstart'? Correct it."),
+    "rows longer than the student": (
+        "student.max_length",
+        600,
+        "student.max_length of at most 512, the positions of preset",
+    ),
+    "answers longer than the student": (
+        "data.reasoning.max_new_tokens",
+        512,
+        "to leave room for a prompt in the 512 positions",
+    ),
     "role without a loader": ("teachers.0.role", "diffusion", "role diffusion"),
 }
 

@@ -42,7 +42,7 @@ def test_every_preset_builds_on_meta_and_survives_json(path: Path) -> None:
 def test_the_quickstart_student_is_small_and_whole() -> None:
     student = NexusStudent(_quickstart())
     assert list(student.adapters) == ["reasoning", "vision", "audio"]
-    assert sum(parameter.numel() for parameter in student.parameters()) < 650_000
+    assert sum(parameter.numel() for parameter in student.parameters()) < 550_000
 
 
 def test_the_4096_wide_preset_has_the_stated_shape() -> None:
@@ -109,3 +109,10 @@ def test_mistakes_in_a_description_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match=r"mapping at the top of .*, found list"):
         load_student_spec(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_says_how_many_positions_it_has(path: Path) -> None:
+    # Read before Ray starts, without building the configuration's class.
+    written = yaml.safe_load(path.read_text())["core"]["max_position_embeddings"]
+    assert load_student_spec(path).core.max_position_embeddings == written

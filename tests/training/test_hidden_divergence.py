@@ -48,6 +48,10 @@ PAIRS: dict[str, tuple[tuple[Term, ...], Dense]] = {
     "skewed_kl_0.6": (skewed_kl_terms(0.6), functools.partial(skewed_kl, alpha=0.6)),
     "skewed_reverse_kl": (skewed_reverse_kl_terms(), skewed_reverse_kl),
     "distill": (DISTILL_MIX, distill_divergence),
+    "both_kls": (
+        (Term(0.25, "teacher", 0.0), Term(2.0, "student", 1.0)),
+        lambda *args, **settings: 0.25 * forward_kl(*args, **settings) + 2.0 * reverse_kl(*args, **settings),
+    ),
 }
 every = pytest.mark.parametrize(("terms", "dense"), PAIRS.values(), ids=PAIRS.keys())
 
@@ -302,6 +306,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
         problem.tiled(FORWARD_KL)
     with pytest.raises(ValueError, match="beta: expected"):
         jsd_terms(1.5)
+    for weight, under, share in ((0.0, "teacher", 0.0), (math.nan, "teacher", 0.0), (1.0, "student", 1.1)):
+        with pytest.raises(ValueError, match="term: expected a finite weight"):
+            Term(weight, under, share)
+    for under, share in (("teacher", 1.0), ("student", 0.0)):
+        with pytest.raises(ValueError, match="against itself"):
+            Term(1.0, under, share)
     for make in (skewed_kl_terms, skewed_reverse_kl_terms):
         with pytest.raises(ValueError, match="alpha: expected"):
             make(0.0)

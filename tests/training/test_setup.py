@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nexus.config import SAMPLES_DIR, RunConfig, load_config
+from nexus.data.collate import tokenise_rows
 from nexus.data.loader import iter_records
+from nexus.data.quarantine import read_quarantine
 from nexus.data.targets import TargetWriter
 from nexus.errors import ArtifactError, ConfigError
 from nexus.towers.engine import TeacherEngine
@@ -20,7 +22,7 @@ from nexus.towers.registry import TeacherSpec, shipped_config
 from nexus.training.batches import Assignment
 from nexus.training.checkpoint import save_checkpoint
 from nexus.training.facts import TeacherFacts
-from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer
+from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer, student_positions
 
 ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
 OVERRIDES = (
@@ -179,6 +181,21 @@ def test_language_rows_come_with_the_teachers_own_answers(run_dir, teachers, eng
     answered = batch.unlabelled[Assignment("sample-reasoning", "reasoning")]
     assert {(row.prompt, row.completion) for row in answered} <= written
     assert all(row.media is not None for row in batch.unlabelled[Assignment("sample-vision", "vision")])
+
+
+def test_no_step_holds_a_row_that_is_too_long_for_the_student(run_dir, teachers, engines, tokenizer):
+    loop, _ = _loop(_config("student.max_length=45", "quarantine.max_bad_share=1.0"), run_dir, teachers, engines)
+    drawn = [row for ahead in range(12) for rows in loop.batches.peek(ahead).unlabelled.values() for row in rows]
+    lengths = [len(row) for row in tokenise_rows([row for row in drawn if row.completion], tokenizer)]
+    assert 0 < max(lengths) <= 45
+    written = [row.reason for row in read_quarantine(run_dir / "quarantine")]
+    assert any("expected 1 to 45 tokens" in reason for reason in written)
+
+
+def test_the_student_has_as_many_positions_as_its_preset_says(tokenizer, teachers):
+    config = _config()
+    spec = build_student_spec(config, tokenizer, teachers, taught=False)
+    assert student_positions(config) == spec.core.max_position_embeddings == 512
 
 
 def test_equal_seeds_build_equal_loops_and_another_seed_another(run_dir, teachers, engines):
