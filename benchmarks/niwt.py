@@ -50,6 +50,8 @@ from transformers.utils import logging as transformers_logging
 from nexus.profiling.niwt import NIWTProfiler, ProfileBatch
 
 MAX_DELTA_ERROR = 1e-5
+# Samples at once where memory is measured, so that the number of live rows is the same for any number of samples.
+MICRO_BATCH_SIZE = 4
 # What the speed and the memory of a profile are meant to be.
 TARGETS = {
     "generation_over_sequential": 40.0,
@@ -267,15 +269,25 @@ def scoring(setting: Setting, device: str, repeats: int) -> dict[str, Any]:
     return figures
 
 
-def peak_bytes(work: str, setting: Setting, device: str, num_samples: int, micro_batch_size: int) -> int:
-    """Bytes that `work` takes on top of the loaded model at its peak."""
+def peak(work: str, setting: Setting, device: str, num_samples: int, num_live: int) -> tuple[int, int]:
+    """Return the bytes that `work` takes on top of the loaded model at its peak, and the most rows that a block was given.
+
+    Args:
+        num_live: rows of the clean model's forward or generation.
+    """
     model = build(setting, device)
     length = 2 * setting.prompt_length
     ids_BT, mask_BT = prompts(setting, num_samples, length)
     loss_mask_BT = torch.zeros_like(ids_BT)
     loss_mask_BT[:, setting.prompt_length :] = 1
-    profiler = NIWTProfiler(model, micro_batch_size=micro_batch_size)
-    num_live = (setting.num_layers + 1) * micro_batch_size
+    profiler = NIWTProfiler(model, micro_batch_size=MICRO_BATCH_SIZE)
+    most_rows = 0
+
+    def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal most_rows
+        most_rows = max(most_rows, len(args[0]))
+
+    profiler.stack.blocks[-1].mlp.register_forward_pre_hook(count)
 
     def profile(rows: int) -> None:
         step = setting.num_samples
@@ -304,17 +316,18 @@ def peak_bytes(work: str, setting: Setting, device: str, num_samples: int, micro
     NIWTProfiler(model, micro_batch_size=1).profile(
         [ProfileBatch(["0", "1"], ids_BT[:2], mask_BT[:2], loss_mask_BT[:2])]
     )
+    most_rows = 0
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         works[work]()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, most_rows
     before = resident_bytes("VmRSS")
     # Sets the high-water mark to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     works[work]()
-    return resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before, most_rows
 
 
 def resident_bytes(field: str) -> int:
@@ -326,21 +339,11 @@ def resident_bytes(field: str) -> int:
 
 def memory(setting: Setting, device: str, threads: int) -> dict[str, float]:
     """Compare peaks; on a CPU in fresh processes whose allocator gives back what is freed."""
-    size = 4
 
-    def peak(work: str, num_samples: int) -> int:
+    def measured(work: str, num_samples: int, num_live: int = 0) -> tuple[int, int]:
         if device == "cuda":
-            return peak_bytes(work, setting, device, num_samples, size)
-        arguments = [
-            "--peak",
-            work,
-            "--rows",
-            str(num_samples),
-            "--micro-batch-size",
-            str(size),
-            "--threads",
-            str(threads),
-        ]
+            return peak(work, setting, device, num_samples, num_live)
+        arguments = ["--peak", work, "--rows", str(num_samples), "--live", str(num_live), "--threads", str(threads)]
         # Tensors of 64 KiB and more are mapped one by one: resident memory is then what is in use.
         thresholds = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "NIWT_BENCHMARK": "1"}
         done = subprocess.run(
@@ -350,21 +353,24 @@ def memory(setting: Setting, device: str, threads: int) -> dict[str, float]:
             text=True,
             env=os.environ | thresholds,
         )
-        return int(done.stdout.splitlines()[-1])
+        num_bytes, num_rows = done.stdout.splitlines()[-1].split()
+        return int(num_bytes), int(num_rows)
 
-    rows = setting.num_samples
-    peaks = {
-        "profile": peak("profile", rows),
-        "profile_of_ten_times_the_rows": peak("profile", 10 * rows),
-        "forward": peak("forward", rows),
-        "stacked": peak("stacked", rows),
-        "generate": peak("generate", rows),
-    }
+    few, num_live = measured("profile", setting.num_samples)
+    many, _ = measured("profile", 10 * setting.num_samples)
+    forward, _ = measured("forward", setting.num_samples, num_live)
+    # All variants of a micro-batch.
+    num_decoded = (setting.num_layers + 1) * MICRO_BATCH_SIZE
+    stacked, _ = measured("stacked", setting.num_samples)
+    generated, _ = measured("generate", setting.num_samples, num_decoded)
+    peaks = {"profile": few, "forward": forward, "stacked": stacked, "generate": generated}
     return {
         **{f"{name}_peak_mib": value / 2**20 for name, value in peaks.items()},
-        "profile_memory": peaks["profile"] / peaks["forward"],
-        "generation_memory": peaks["stacked"] / peaks["generate"],
-        "memory_of_ten_times_the_rows": peaks["profile_of_ten_times_the_rows"] / peaks["profile"],
+        "profile_live_rows": num_live,
+        "generation_live_rows": num_decoded,
+        "profile_memory": few / forward,
+        "generation_memory": stacked / generated,
+        "memory_of_ten_times_the_rows": many / few,
     }
 
 
@@ -381,13 +387,13 @@ def main() -> int:
     )
     parser.add_argument("--peak", choices=("profile", "forward", "stacked", "generate"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)
-    parser.add_argument("--micro-batch-size", type=int, default=4, help=argparse.SUPPRESS)
+    parser.add_argument("--live", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
     setting, targets = (GPU_SETTING, GPU_TARGETS) if arguments.device == "cuda" else (CPU_SETTING, TARGETS)
     if arguments.peak:
-        print(peak_bytes(arguments.peak, setting, arguments.device, arguments.rows, arguments.micro_batch_size))
+        print(*peak(arguments.peak, setting, arguments.device, arguments.rows, arguments.live))
         return 0
     figures: dict[str, Any] = {
         "device": arguments.device,

@@ -36,8 +36,10 @@ Observer = Callable[[int, Tensor, Tensor], None]
 # Makes what a block is to return from its clean input and its clean output [B, T, D].
 Replacement = Callable[[Tensor, Tensor], Tensor]
 
-# Logits turned into float32 log-probabilities at a time: 2**24 values are 64 MiB.
+# Logits turned into float32 log-probabilities at a time: 2**24 values are 64 MiB, of which half a dozen copies are made. A share of
+# all of them keeps the copies small beside the logits themselves, in small models too.
 _LOGITS_PER_CHUNK = 2**24
+_MIN_CHUNKS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,7 +319,7 @@ def token_readings(logits_MV: Tensor, targets_M: Tensor, clean_logits_NV: Tensor
         clean_logits_NV: of the tokens that the M rows repeat, variant after variant.
     """
     readings = []
-    size = max(1, _LOGITS_PER_CHUNK // logits_MV.shape[-1])
+    size = max(1, min(_LOGITS_PER_CHUNK // logits_MV.shape[-1], len(logits_MV) // _MIN_CHUNKS))
     for start in range(0, len(logits_MV), size):
         logits, targets = logits_MV[start : start + size], targets_M[start : start + size]
         wide = logits if logits.dtype == torch.float64 else logits.float()
