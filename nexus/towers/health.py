@@ -2,18 +2,19 @@
 
 A copy that was loaded wrongly, woken from a bad copy, or restarted over other files goes on answering: with uniform distributions,
 with NaN, for other rows, in other token ids. Each of these is a typed error that names the teacher. `check_targets` looks at one
-reply alone and is run by `TeacherEngine.score`; `check_reply` is for who receives it and knows what was asked and of whom.
+reply alone and is run by `TeacherEngine.score`; `check_reply` is run by who receives it and knows what was asked and of whom.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 
 from nexus.errors import NexusError
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import TeacherTargets
 
 UNIFORM_NATS = 1e-3
 """A distribution whose most probable token is no more than this above 1 / V is uniform: its entropy is ln V within as much. A trained
@@ -23,11 +24,13 @@ model is whole nats away from it at most tokens."""
 class TeacherHealthError(NexusError, RuntimeError):
     """A teacher answers, but its answers cannot be learned from."""
 
+    remedy: ClassVar[str] = "Load teacher {teacher!r} again, or remove it from the run."
+
     def __init__(self, teacher: str, what: str) -> None:
         """`what` says what was expected and what was found."""
         self.teacher = teacher
         self.what = what
-        super().__init__(f"{what} Load teacher {teacher!r} again, or remove it from the run.")
+        super().__init__(f"{what} {self.remedy.format(teacher=teacher)}")
 
     def __reduce__(self) -> tuple[type[TeacherHealthError], tuple[str, str]]:
         return type(self), (self.teacher, self.what)
@@ -45,12 +48,10 @@ class RowCountError(TeacherHealthError):
     """The reply has other rows than the request, or its arrays have other lengths than its rows."""
 
 
-class TokenizerChangedError(TeacherHealthError):
-    """The teacher's text-to-id mapping is not the one that was agreed on; an equal size is not enough."""
-
-
 class FingerprintChangedError(TeacherHealthError):
-    """The teacher's weights, configuration or quantisation are not those that were agreed on."""
+    """The teacher's weights, configuration, tokenizer or quantisation are not those that the run began with."""
+
+    remedy = "Profile and extract again in a new --out."
 
 
 def check_targets(targets: TeacherTargets, *, vocabulary_size: int | None) -> None:
@@ -84,33 +85,27 @@ def check_targets(targets: TeacherTargets, *, vocabulary_size: int | None) -> No
             )
 
 
-def check_reply(
-    targets: TeacherTargets, request: ScoreRequest, *, fingerprint: str, tokenizer_hash: str | None
-) -> None:
+def check_reply(targets: TeacherTargets, *, row_ids: tuple[str, ...], fingerprint: str) -> None:
     """Compare a reply with what was asked, and its sender with who was asked.
 
     Args:
+        row_ids: of the request.
         fingerprint: of the teacher when the run began.
-        tokenizer_hash: likewise.
 
     Raises:
-        RowCountError, TokenizerChangedError, FingerprintChangedError: naming the teacher.
+        RowCountError, FingerprintChangedError: naming the teacher.
     """
     teacher = targets.teacher
-    if targets.row_ids != request.row_ids:
+    if targets.row_ids != row_ids:
         raise RowCountError(
             teacher,
-            f"Expected the {len(request.row_ids)} rows of the request from teacher {teacher!r}, in its order, found "
+            f"Expected the {len(row_ids)} rows of the request from teacher {teacher!r}, in its order, found "
             f"{len(targets.row_ids)} rows that are not those.",
-        )
-    if targets.tokenizer_hash != tokenizer_hash:
-        raise TokenizerChangedError(
-            teacher,
-            f"Expected tokenizer {tokenizer_hash} of teacher {teacher!r}, found {targets.tokenizer_hash}.",
         )
     if targets.fingerprint != fingerprint:
         raise FingerprintChangedError(
-            teacher, f"Expected teacher {teacher!r} with fingerprint {fingerprint}, found {targets.fingerprint}."
+            teacher,
+            f"Expected teacher {teacher!r} with fingerprint {fingerprint}, found {targets.fingerprint}: it changed during the run.",
         )
 
 

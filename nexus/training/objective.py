@@ -33,6 +33,7 @@ from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.inputs import record_media
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec
+from nexus.towers.health import check_reply
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 from nexus.training.batches import Assignment
 from nexus.training.divergence import distill_divergence_topk, kd_loss, topk_tail_kl
@@ -122,11 +123,12 @@ class DistillationObjective(nn.Module):
         """l_t's two parts on unlabelled rows.
 
         Raises:
-            TowerLoadError: when the targets do not fit the rows or the tokenizer, or come from another checkpoint.
+            TowerLoadError: when the targets are in another tokenizer's ids.
+            TeacherHealthError: when they are for other rows, or come from another checkpoint.
         """
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
-            _check_targets(teacher, records, targets)
+            check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
         if teacher.label_texts is not None:
             assert targets is not None
             assert targets.label_logprobs_BC is not None
@@ -402,13 +404,3 @@ def _completion(record: Record) -> str:
 def _media_bytes(record: Record) -> bytes:
     assert record.media is not None, "the loader refuses rows without the media that their columns promise"
     return read_media(record.media)
-
-
-def _check_targets(teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets) -> None:
-    if targets.fingerprint != teacher.fingerprint:
-        raise TowerLoadError(
-            f"Expected targets of {teacher.id} with fingerprint {teacher.fingerprint}, found {targets.fingerprint}: the teacher "
-            "changed during the run. Profile and extract again in a new --out."
-        )
-    ids = tuple(record.id for record in records)
-    assert targets.row_ids == ids, f"targets of {teacher.id} answer other rows"

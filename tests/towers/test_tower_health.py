@@ -15,15 +15,13 @@ from nexus.towers.health import (
     NotFiniteError,
     RowCountError,
     TeacherHealthError,
-    TokenizerChangedError,
     UniformOutputError,
     check_reply,
     check_targets,
 )
-from nexus.towers.targets import ScoreRequest, SparseTargets, TeacherTargets, TokenTargets
+from nexus.towers.targets import SparseTargets, TeacherTargets, TokenTargets
 
 V = 50
-REQUEST = ScoreRequest(("a", "b"), ("", ""), ("x", "y"), None, 1.0, 4, (0,))
 TOKENS = TokenTargets(
     np.array([0, 1, 3]),
     np.array([1, 2, 3], np.int32),
@@ -49,7 +47,7 @@ GOOD = TeacherTargets(
 
 def test_a_sound_reply_passes() -> None:
     check_targets(GOOD, vocabulary_size=V)
-    check_reply(GOOD, REQUEST, fingerprint="f", tokenizer_hash="h")
+    check_reply(GOOD, row_ids=("a", "b"), fingerprint="f")
     check_targets(
         replace(GOOD, tokens=None, features=None, pooled_BE=None, label_logprobs_BC=None), vocabulary_size=None
     )
@@ -111,14 +109,17 @@ def test_arrays_of_another_number_of_rows_are_named(name: str) -> None:
     [
         ({"row_ids": ("a",)}, RowCountError, "2 rows of the request .* found 1 rows"),
         ({"row_ids": ("b", "a")}, RowCountError, "in its order"),
-        ({"tokenizer_hash": "g"}, TokenizerChangedError, "tokenizer h of teacher 't', found g"),
-        ({"fingerprint": "e"}, FingerprintChangedError, "fingerprint f, found e"),
+        (
+            {"fingerprint": "e"},
+            FingerprintChangedError,
+            "fingerprint f, found e: it changed during the run. Profile and extract again",
+        ),
     ],
 )
 def test_a_reply_to_another_question_or_from_another_teacher(
     changes: dict[str, Any], error: type[TeacherHealthError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        check_reply(replace(GOOD, **changes), REQUEST, fingerprint="f", tokenizer_hash="h")
+        check_reply(replace(GOOD, **changes), row_ids=("a", "b"), fingerprint="f")
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.teacher) == (error, str(caught.value), "t")

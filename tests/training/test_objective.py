@@ -20,6 +20,7 @@ from conftest_training import (
 from nexus.data.collate import collate
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.memory import NexusStudent
+from nexus.towers.health import FingerprintChangedError, RowCountError
 from nexus.training.batches import Assignment
 from nexus.training.facts import TeacherFactsFile
 from nexus.training.objective import DistillationObjective, align_with_teachers, label_token_ids
@@ -216,7 +217,9 @@ def test_targets_of_a_changed_teacher_or_another_tokenizer_are_refused(spec, tok
     objective = _objective(spec, tokenizer, [teacher])
     rows = text_rows()
     targets = token_targets(teacher, rows, tokenizer)
-    with pytest.raises(TowerLoadError, match="changed during the run"):
+    with pytest.raises(RowCountError, match="rows that are not those"):
+        objective.teacher_loss(Assignment("same", "math"), rows[::-1], targets)
+    with pytest.raises(FingerprintChangedError, match="changed during the run"):
         objective.teacher_loss(Assignment("same", "math"), rows, replace(targets, fingerprint="new"))
     other = replace(targets.tokens, token_ids_N=targets.tokens.token_ids_N + 1)
     with pytest.raises(TowerLoadError, match="the tokenizers differ"):
