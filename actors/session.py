@@ -162,11 +162,13 @@ class Session:
             from actors.pool import TeacherPool
 
             specs = self.specs
+            replicas = {teacher.id: teacher.replicas for teacher in self.config.teachers}
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
+                replicas=replicas,
                 torch_threads=self.config.cluster.torch_threads,
-                num_gpus=self.gpu_share(len(specs) + 1),
+                num_gpus=self.gpu_share(sum(replicas.values()) + 1),
                 window=self.config.distill.window,
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,

@@ -64,10 +64,11 @@ class ActorHealth:
 
 
 class TeacherActor:
-    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`."""
+    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`, further replicas as `teacher:<id>#2`."""
 
-    def __init__(self, spec: TeacherSpec, torch_threads: int) -> None:
+    def __init__(self, spec: TeacherSpec, torch_threads: int, replica: int = 0) -> None:
         self._spec = spec
+        self._replica = replica
         self._torch_threads = torch_threads
         self._engine: TeacherEngine | None = None
         self._report: LoadReport | None = None
@@ -77,7 +78,7 @@ class TeacherActor:
 
     def __repr__(self) -> str:
         """Name in Ray's logs and on its dashboard."""
-        return f"TeacherActor({self._spec.id})"
+        return f"TeacherActor({self._spec.id}{replica_suffix(self._replica)})"
 
     def load(self) -> LoadReport:
         """Load and quantise the weights once; called again it returns the first report.
@@ -183,6 +184,11 @@ class TeacherActor:
             self._metrics.loaded(weight_bytes)
             self._engine = engine
         return self._engine
+
+
+def replica_suffix(replica: int) -> str:
+    """What tells the replicas of one teacher apart; nothing for the first."""
+    return f"#{replica + 1}" if replica else ""
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:
