@@ -173,6 +173,10 @@ class TeacherPool:
         """Actors of a teacher that have not died for good."""
         return len(self._lanes[teacher].handles)
 
+    def capacity(self, teacher: str) -> int:
+        """Calls that a teacher's actors take at once, running and next in line."""
+        return self._window * self.num_replicas(teacher)
+
     def health(self, teacher: str, *, replica: int = 0, timeout_s: float = 5.0) -> ActorHealth:
         """Health of one actor of a teacher through its control group, also while it works."""
         handle = self._lanes[teacher].handles[replica]
@@ -241,7 +245,8 @@ class TeacherPool:
                     break
                 lane.waiting.popleft()
                 call.attempts += 1
-                call.deadline = time.monotonic() + self._timeout_s
+                # An actor takes one call after the other.
+                call.deadline = time.monotonic() + self._timeout_s * (lane.load_of(replica) + 1)
                 reference = getattr(lane.handles[replica], call.method).remote(*call.arguments)
                 lane.in_flight[reference] = (replica, call)
 

@@ -292,10 +292,10 @@ class Session:
 
         for answer in stream_answers(
             works,
+            pool=self.pool,
             quarantine_dir=self.run.path / "quarantine",
             max_bad_share=self.config.quarantine.max_bad_share,
             timeout_s=self.config.distill.target_timeout_s,
-            max_retries=self.config.distill.max_retries,
             name=name,
             check=self.check_signals,
         ):

@@ -199,7 +199,8 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
     if works:
         done = 0
         for answer in session.stream(works, "nexus extract"):
-            writers[answer.work].write(answer.records, answer.result)
+            if answer.records:
+                writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[answer.work].teacher)
         for writer in writers:

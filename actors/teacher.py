@@ -8,11 +8,10 @@ functions of their request: the pool may repeat a call after a crash.
 from __future__ import annotations
 
 import os
-import pickle  # nosec B403 # results for processes of the same Ray session, whose own protocol is pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from actors.memory import release_freed_memory
 from nexus.towers.targets import ScoreRequest, TeacherTargets
@@ -123,10 +122,6 @@ class TeacherActor:
         return self._seldom(
             len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
-
-    def packed(self, method: str, *arguments: Any) -> bytes:
-        """The pickled result of another method, for callers that only pass it on."""
-        return pickle.dumps(getattr(self, method)(*arguments))
 
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
