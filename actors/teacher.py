@@ -101,7 +101,7 @@ class TeacherActor:
 
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
-        return self._seldom(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+        return self._profiled(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
 
     def confirm(
         self,
@@ -112,7 +112,7 @@ class TeacherActor:
         answers: AnswerCheck | None,
     ) -> ConfirmationMeasurement:
         """Second pass of a profile over some rows of the first."""
-        return self._seldom(
+        return self._profiled(
             len(records),
             lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
         )
@@ -126,6 +126,13 @@ class TeacherActor:
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
         return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+
+    def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+        """As `_seldom`, counted as work on a profile."""
+        before = self._busy_seconds
+        result = self._seldom(rows, call)
+        self._metrics.profiled(rows, self._busy_seconds - before)
+        return result
 
     def _seldom(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_timed`, for work whose large blocks are not wanted again by the next step."""
