@@ -117,6 +117,8 @@ class Bench:
         return reporter.lines
 
     def calls(self, teacher: str, replica: int = 0) -> int:
+        """Calls that the actor has answered, those that nobody waits for any more among them."""
+        ray.get(ray.get_actor(actor_name(teacher, replica)).load.remote(), timeout=60)
         return self.pool.health(teacher, replica=replica, timeout_s=60).calls
 
     @staticmethod
