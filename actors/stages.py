@@ -167,7 +167,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
 
 def extract(session: Session) -> tuple[list[Path], Summary]:
     """Let the language teachers answer the unlabelled prompts, once, to Parquet; continued file by file after an interruption."""
-    from actors.dataflow import TeacherWork, stream_answers
+    from actors.dataflow import TeacherWork
     from nexus.data.targets import TargetWriter
 
     config = session.config
@@ -198,17 +198,9 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
         )
     if works:
         done = 0
-        for answer in stream_answers(
-            works,
-            quarantine_dir=session.run.path / "quarantine",
-            max_bad_share=config.quarantine.max_bad_share,
-            timeout_s=config.distill.target_timeout_s,
-            max_retries=config.distill.max_retries,
-            name="nexus extract",
-            check=session.check_signals,
-        ):
-            session.check_signals()
-            writers[answer.work].write(answer.records, answer.result)
+        for answer in session.stream(works, "nexus extract"):
+            if answer.records:
+                writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[answer.work].teacher)
         for writer in writers:
@@ -259,7 +251,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
-    share = session.gpu_share(len(config.teachers) + len(students))
+    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(

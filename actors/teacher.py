@@ -8,11 +8,10 @@ functions of their request: the pool may repeat a call after a crash.
 from __future__ import annotations
 
 import os
-import pickle  # nosec B403 # results for processes of the same Ray session, whose own protocol is pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from actors.memory import release_freed_memory
 from nexus.towers.targets import ScoreRequest, TeacherTargets
@@ -64,10 +63,11 @@ class ActorHealth:
 
 
 class TeacherActor:
-    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`."""
+    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`, further replicas as `teacher:<id>#2`."""
 
-    def __init__(self, spec: TeacherSpec, torch_threads: int) -> None:
+    def __init__(self, spec: TeacherSpec, torch_threads: int, replica: int = 0) -> None:
         self._spec = spec
+        self._replica = replica
         self._torch_threads = torch_threads
         self._engine: TeacherEngine | None = None
         self._report: LoadReport | None = None
@@ -77,7 +77,7 @@ class TeacherActor:
 
     def __repr__(self) -> str:
         """Name in Ray's logs and on its dashboard."""
-        return f"TeacherActor({self._spec.id})"
+        return f"TeacherActor({self._spec.id}{replica_suffix(self._replica)})"
 
     def load(self) -> LoadReport:
         """Load and quantise the weights once; called again it returns the first report.
@@ -122,10 +122,6 @@ class TeacherActor:
         return self._seldom(
             len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
-
-    def packed(self, method: str, *arguments: Any) -> bytes:
-        """The pickled result of another method, for callers that only pass it on."""
-        return pickle.dumps(getattr(self, method)(*arguments))
 
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
@@ -183,6 +179,11 @@ class TeacherActor:
             self._metrics.loaded(weight_bytes)
             self._engine = engine
         return self._engine
+
+
+def replica_suffix(replica: int) -> str:
+    """What tells the replicas of one teacher apart; nothing for the first."""
+    return f"#{replica + 1}" if replica else ""
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:

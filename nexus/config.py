@@ -54,6 +54,8 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    replicas: int = Field(1, gt=0, le=64)
+    """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
 
 
 class RegistryTeacher(_TeacherBase):
