@@ -34,6 +34,14 @@ SWAP_SHARE = 0.1
 MAX_LINEAR_DEVICES = 48
 """Up to so many devices every number of them is tried, beyond it every fourth power of two's quarter."""
 
+STREAMED_PASSES = 4
+"""Times that a streamed teacher's files are read: the hidden states of all rows between two layers seldom fit the memory at once."""
+STREAMED_SPEED = 0.5
+"""Of a device that waits for the next layer, against one that holds them all."""
+TURNS = 20
+"""How often training goes through its sleepers, where swapping so often stays below that share: a student that met a teacher only
+once would forget it."""
+
 Purpose = Literal["train", "extract"]
 Mode = Literal["resident", "sleeper", "streamed"]
 WakeSource = Literal["host", "disk"]
@@ -85,6 +93,8 @@ class Speeds:
     """From pinned host memory over PCIe 4.0 x16."""
     disk_bytes_per_s: float = 1.5e9
     """From a local NVMe disk."""
+    start_seconds: float = 5.0
+    """Of a process that imports torch and transformers, before it reads a byte."""
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------------
@@ -366,7 +376,7 @@ class _Planner:
             chosen.tenants.append(index)
             chosen.used += footprint
             chosen.fixed += footprint if self._is_fixed(index, family) else 0
-            chosen.seconds += self._compute(index, 1, family) + self._load_seconds(index)
+            chosen.seconds += self._compute(index, 1, family) + self._load(index, family)[0]
         copies = dict.fromkeys(range(len(self.needs)), 1)
         if all(device.used <= device.capacity for device in devices):
             self._replicate(devices, copies, family)
@@ -409,7 +419,7 @@ class _Planner:
         """Who stays on one device, who sleeps or waits; None when even that does not fit."""
         compute = sum(self._compute(i, copies[i], family) for i in device.tenants)
         if device.used <= device.capacity:
-            moves = {i: (self._load_seconds(i), self.needs[i].load_bytes) for i in device.tenants}
+            moves = {i: self._load(i, family) for i in device.tenants}
             modes: _Modes = {i: (self._mode(i, family), 0, None) for i in device.tenants}
             seconds = compute + sum(s for s, _ in moves.values())
             return _DevicePlan(modes, device.used, seconds, 0, moves, 1)
@@ -429,57 +439,69 @@ class _Planner:
                 used.append(0)
             waves[number].append(index)
             used[number] += footprint
-        moves = {i: (self._load_seconds(i), self.needs[i].load_bytes) for i in device.tenants}
+        moves = {i: self._load(i, family) for i in device.tenants}
         modes: _Modes = {i: (self._mode(i, family), number, None) for number, wave in enumerate(waves) for i in wave}
         return _DevicePlan(modes, max(used), compute + sum(s for s, _ in moves.values()), 0, moves, len(waves))
 
     def _sleepers(self, device: _Tenancy, compute: float, family: _Family) -> _DevicePlan | None:
-        """The choice that swaps the fewest bytes: one place is kept for whoever is awake, the rest is filled with residents."""
-        footprint = {i: self._footprint(self.needs[i], family) for i in device.tenants}
-        able = {i for i in device.tenants if not self._is_fixed(i, family)}
-        best: tuple[int, list[int], int] | None = None
-        for largest in sorted(able, key=lambda i: (footprint[i], self.needs[i].id)):
-            asleep = {i for i in able if footprint[i] <= footprint[largest]}
-            used = footprint[largest] + sum(footprint[i] for i in device.tenants if i not in asleep)
-            if used > device.capacity:
-                continue
-            for index in sorted(asleep, key=lambda i: (-self.needs[i].weight_bytes, self.needs[i].id)):
-                if used + footprint[index] <= device.capacity and len(asleep) > 1:
-                    asleep.discard(index)
-                    used += footprint[index]
-            swapped = sum(self.needs[i].weight_bytes for i in asleep)
-            if best is None or swapped < best[0]:
-                best = swapped, sorted(asleep), used
-        if best is None:
+        """The choice that swaps the fastest: one place is kept for whoever is awake, the rest is filled with residents.
+
+        A sleeper in its node's memory keeps its process, and that a piece of the GPU; one on disk keeps nothing.
+        """
+        able = [i for i in device.tenants if not self._is_fixed(i, family)]
+        found: list[tuple[float, int, dict[int, WakeSource]]] = []
+        for largest in sorted(able, key=lambda i: (self._footprint(self.needs[i], family), self.needs[i].id)):
+            for held in (PROCESS_GPU_BYTES, 0) if family.host_share else (0,):
+                sleepers = self._asleep(device, able, largest, held, family)
+                if sleepers is not None:
+                    used, asleep = sleepers
+                    sources, used = self._wake_sources(
+                        asleep, family.host_share, None if held else device.capacity - used, used
+                    )
+                    found.append((sum(self._wake_seconds(i, source) for i, source in sources.items()), used, sources))
+        if not found:
             return None
-        _, asleep_list, used = best
-        sources, used = self._wake_sources(asleep_list, device.capacity, used, family)
-        wake = {i: self._wake_seconds(i, sources[i]) for i in asleep_list}
-        once = sum(wake.values())
-        turns = max(1, int(SWAP_SHARE * compute / once))
-        moves = {i: (self._load_seconds(i), self.needs[i].load_bytes) for i in device.tenants}
-        for i in asleep_list:
-            bytes_ = self.needs[i].weight_bytes if sources[i] == "host" else self.needs[i].load_bytes
-            moves[i] = moves[i][0] + turns * wake[i], moves[i][1] + turns * bytes_
+        once, used, sources = min(found, key=lambda item: item[:2])
+        turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once)))
+        moves = {i: self._load(i, family) for i in device.tenants}
+        for i, source in sources.items():
+            bytes_ = self.needs[i].weight_bytes if source == "host" else self.needs[i].load_bytes
+            moves[i] = moves[i][0] + turns * self._wake_seconds(i, source), moves[i][1] + turns * bytes_
         modes: _Modes = {
             i: ("sleeper", 0, sources[i]) if i in sources else (self._mode(i, family), 0, None) for i in device.tenants
         }
         return _DevicePlan(modes, used, compute + sum(s for s, _ in moves.values()), turns, moves, 1)
 
+    def _asleep(
+        self, device: _Tenancy, able: list[int], largest: int, held: int, family: _Family
+    ) -> tuple[int, list[int]] | None:
+        """Planned bytes and who sleeps, when nobody larger than `largest` may and a sleeper holds `held` bytes."""
+        size = {i: self._footprint(self.needs[i], family) for i in device.tenants}
+        asleep = {i for i in able if size[i] <= size[largest]}
+        used = size[largest] + held * len(asleep) + sum(size[i] for i in device.tenants if i not in asleep)
+        if used > device.capacity:
+            return None
+        order = sorted(asleep, key=lambda i: (-self.needs[i].weight_bytes, self.needs[i].id))
+        for index in order:
+            if used + size[index] - held <= device.capacity and len(asleep) > 1:
+                asleep.discard(index)
+                used += size[index] - held
+        return used, [i for i in order if i in asleep]
+
     def _wake_sources(
-        self, asleep: list[int], capacity: int, used: int, family: _Family
+        self, asleep: list[int], host_room: int, room: int | None, used: int
     ) -> tuple[dict[int, WakeSource], int]:
-        """Node memory for the largest sleepers first; who sleeps there keeps its process, and that a piece of the GPU."""
-        room = family.host_share
+        """Node memory for the first ones, as long as there is some; `room` is None where the processes are counted in `used`."""
         sources: dict[int, WakeSource] = {}
-        for index in sorted(asleep, key=lambda i: (-self.needs[i].weight_bytes, self.needs[i].id)):
+        for index in asleep:
             weight = self.needs[index].weight_bytes
-            if weight <= room and used + PROCESS_GPU_BYTES <= capacity:
-                sources[index] = "host"
-                room -= weight
-                used += PROCESS_GPU_BYTES
-            else:
-                sources[index] = "disk"
+            fits = weight <= host_room and (room is None or room >= PROCESS_GPU_BYTES)
+            sources[index] = "host" if fits else "disk"
+            if fits:
+                host_room -= weight
+                if room is not None:
+                    room -= PROCESS_GPU_BYTES
+                    used += PROCESS_GPU_BYTES
         return sources, used
 
     # --- sizes and times ----------------------------------------------------------------------------------------------------------
@@ -516,11 +538,20 @@ class _Planner:
         return 2 * need.layer_bytes + need.workspace_bytes + self._process(family)
 
     def _compute(self, index: int, copies: int, family: _Family) -> float:
-        return self.needs[index].flops / copies / (self.speeds.gpu_flops if family.is_gpu else self.speeds.cpu_flops)
+        speed = self.speeds.gpu_flops if family.is_gpu else self.speeds.cpu_flops
+        if self._is_streamed(index, family):
+            speed *= STREAMED_SPEED
+        return self.needs[index].flops / copies / speed
+
+    def _load(self, index: int, family: _Family) -> tuple[float, int]:
+        """Seconds and bytes of loading, or of all passes of a streamed teacher."""
+        times = STREAMED_PASSES if self._is_streamed(index, family) else 1
+        return times * self._load_seconds(index), times * self.needs[index].load_bytes
 
     def _load_seconds(self, index: int) -> float:
         """Of one load, or of one pass of a streamed teacher."""
-        return self.needs[index].load_bytes / self.speeds.disk_bytes_per_s
+        need = self.needs[index]
+        return self.speeds.start_seconds + need.load_bytes / self.speeds.disk_bytes_per_s if need.load_bytes else 0.0
 
     def _wake_seconds(self, index: int, source: WakeSource) -> float:
         if source == "host":
@@ -612,15 +643,13 @@ class _Planner:
 
     def refusal(self) -> PlacementError:
         """Why nothing fits: whoever needs the most, on the largest device."""
-        sizes = [size for is_gpu in (True, False) for _, _, size in self._devices(is_gpu)]
-        room = max(sizes, default=0)
+        gpus, hosts = (max((size for _, _, size in self._devices(kind)), default=0) for kind in (True, False))
         largest = max(self.needs, key=lambda need: (self._least(need), need.id))
-        pinned = [need for need in self.needs if need.is_pinned]
-        together = (
-            "" if largest in pinned or not pinned else f" beside {pinned[0].id!r} ({_gib(self._least(pinned[0]))})"
-        )
+        pinned = [need for need in self.needs if need.is_pinned and need is not largest]
+        together = f" beside {pinned[0].id!r} ({_gib(self._least(pinned[0]))})" if pinned else ""
+        found = f"{_gib(gpus)} on the largest GPU and {_gib(hosts)} of memory" if gpus else f"{_gib(hosts)} of memory"
         return PlacementError(
-            f"Expected a device with {_gib(self._least(largest))} free for {largest.id!r}{together}, found {_gib(room)} at most. "
+            f"Expected a device with {_gib(self._least(largest))} free for {largest.id!r}{together}, found {found}. "
             "Use a larger device, a smaller batch, or leave it out."
         )
 
