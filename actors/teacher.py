@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from actors.memory import release_freed_memory
+from actors.memory import load_turn, release_freed_memory
 from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
@@ -163,8 +163,9 @@ class TeacherActor:
             torch.set_num_threads(self._torch_threads)
             # One bar per checkpoint would bury the run's own news.
             disable_progress_bar()
-            start = time.perf_counter()
-            tower = load_tower(self._spec)
+            with load_turn():
+                start = time.perf_counter()
+                tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)
             weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(
