@@ -203,7 +203,8 @@ def _student_check(session: Session, source: DataConfig) -> Callable[[Record], N
     """Whether the student has room for a row's prompt and an answer."""
     from transformers import AutoTokenizer
 
-    from nexus.training.setup import TOKENIZER_DIR, student_positions
+    from nexus.student.shipped import student_positions
+    from nexus.training.setup import TOKENIZER_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(session.run.path / TOKENIZER_DIR)
     check = length_check(tokenizer, student_positions(session.config) - source.max_new_tokens)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from actors.dataflow import TeacherWork, stream_answers
+from actors.dataflow import TeacherWork
 from nexus.config import resolve_path
 from nexus.errors import DataError
 from nexus.profiling.consolidation import merge_measurements
@@ -101,16 +101,7 @@ class ProfilingRound:
             if not self.teachers[teacher.id].is_complete and capability not in self.teachers[teacher.id].exhausted
         ]
         rows = [0] * len(works)
-        for answer in stream_answers(
-            works,
-            quarantine_dir=session.run.path / "quarantine",
-            max_bad_share=config.quarantine.max_bad_share,
-            timeout_s=config.distill.target_timeout_s,
-            max_retries=config.distill.max_retries,
-            name="nexus profile",
-            check=session.check_signals,
-        ):
-            session.check_signals()
+        for answer in session.stream(works, "nexus profile"):
             if budget_seconds is not None and time.perf_counter() - start >= budget_seconds:
                 return False
             work, known = works[answer.work], self.teachers[works[answer.work].teacher]

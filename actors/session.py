@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from nexus.errors import ConfigError, NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
+    from actors.dataflow import TeacherAnswer, TeacherWork
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
     from nexus.towers.registry import TeacherSpec
@@ -221,37 +223,29 @@ class Session:
         """
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
-        from nexus.towers.registry import nearest, shipped_config
 
-        preset = self.config.student.preset
-        presets = tuple(sorted(path.stem for path in shipped_config("student/quickstart.yaml").parent.glob("*.yaml")))
-        if preset not in presets:
-            raise ConfigError(
-                f"Expected student.preset to be one of {', '.join(presets)}, found {preset!r}{nearest(preset, presets)} "
-                "Correct it."
-            )
-        self._check_positions(shipped_config(f"student/{preset}.yaml"))
+        self._check_positions()
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
                 if texts:
                     iter_records([resolve_path(text) for text in texts], capability=source.capability, quarantine=None)
 
-    def _check_positions(self, preset: Path) -> None:
+    def _check_positions(self) -> None:
         """Refuse lengths that the student has no positions for."""
-        import yaml
+        from nexus.student.shipped import student_positions
 
-        positions = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]["max_position_embeddings"]
+        preset, positions = self.config.student.preset, student_positions(self.config)
         if self.config.student.max_length > positions:
             raise ConfigError(
-                f"Expected student.max_length of at most {positions}, the positions of preset {preset.stem!r}, found "
+                f"Expected student.max_length of at most {positions}, the positions of preset {preset!r}, found "
                 f"{self.config.student.max_length}. Lower it."
             )
         for source in self.config.data:
             if source.max_new_tokens >= positions:
                 raise ConfigError(
                     f"Expected data.{source.capability}.max_new_tokens to leave room for a prompt in the {positions} positions of "
-                    f"preset {preset.stem!r}, found {source.max_new_tokens}. Lower it."
+                    f"preset {preset!r}, found {source.max_new_tokens}. Lower it."
                 )
 
     def checkpoint_of(self, teacher_id: str) -> Path:
@@ -286,6 +280,25 @@ class Session:
 
             self._student = remote_student(self)
         return self._student
+
+    def stream(self, works: Sequence[TeacherWork], name: str) -> Iterator[TeacherAnswer]:
+        """The loaded teachers' answers to the works' rows (`actors.dataflow.stream_answers`); `name` is shown on Ray's dashboard.
+
+        Signals are looked at before each answer is given out.
+        """
+        from actors.dataflow import stream_answers
+
+        for answer in stream_answers(
+            works,
+            quarantine_dir=self.run.path / "quarantine",
+            max_bad_share=self.config.quarantine.max_bad_share,
+            timeout_s=self.config.distill.target_timeout_s,
+            max_retries=self.config.distill.max_retries,
+            name=name,
+            check=self.check_signals,
+        ):
+            self.check_signals()
+            yield answer
 
     def wait_for(self, reference: Any, *, timeout_s: float = 3600.0) -> Any:
         """The result behind a reference of this run's own actors.

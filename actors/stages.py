@@ -167,7 +167,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
 
 def extract(session: Session) -> tuple[list[Path], Summary]:
     """Let the language teachers answer the unlabelled prompts, once, to Parquet; continued file by file after an interruption."""
-    from actors.dataflow import TeacherWork, stream_answers
+    from actors.dataflow import TeacherWork
     from nexus.data.targets import TargetWriter
 
     config = session.config
@@ -198,16 +198,7 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
         )
     if works:
         done = 0
-        for answer in stream_answers(
-            works,
-            quarantine_dir=session.run.path / "quarantine",
-            max_bad_share=config.quarantine.max_bad_share,
-            timeout_s=config.distill.target_timeout_s,
-            max_retries=config.distill.max_retries,
-            name="nexus extract",
-            check=session.check_signals,
-        ):
-            session.check_signals()
+        for answer in session.stream(works, "nexus extract"):
             writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[answer.work].teacher)

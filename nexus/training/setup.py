@@ -18,7 +18,7 @@ from nexus.data.targets import TargetWriter, check_targets
 from nexus.errors import ArtifactError
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
-from nexus.towers.registry import shipped_config
+from nexus.student.shipped import student_preset
 from nexus.training.batches import Assignment, RecordStream, StepBatches
 from nexus.training.checkpoint import load_checkpoint
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
@@ -35,7 +35,7 @@ def build_student_spec(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts], *, taught: bool
 ) -> StudentSpec:
     """The preset with the tokenizer's vocabulary and the router's keywords; when taught, with an alignment per critical layer."""
-    spec = _preset(config)
+    spec = load_student_spec(student_preset(config))
     # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
     sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
     spec = spec.with_vocabulary(
@@ -53,15 +53,6 @@ def build_student_spec(
         for teacher in config.teachers
     }
     return align_with_teachers(spec, teachers, towers)
-
-
-def student_positions(config: RunConfig) -> int:
-    """Tokens that the student has positions for: prompt and answer together."""
-    return int(_preset(config).core.max_position_embeddings)
-
-
-def _preset(config: RunConfig) -> StudentSpec:
-    return load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
 
 
 def build_loop(
