@@ -163,9 +163,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_reply_travels_with_all_that_it_holds():
-    sparse = SparseTargets(
-        np.arange(2), np.arange(2, dtype=np.int64), np.ones(1, np.int32), np.ones(1, np.float32), 8
-    )
+    sparse = SparseTargets(np.arange(2), np.arange(2, dtype=np.int64), np.ones(1, np.int32), np.ones(1, np.float32), 8)
     reply = TeacherTargets(
         teacher="t",
         fingerprint="f",
