@@ -357,7 +357,8 @@ class RunConfig(ConfigSection):
                 )
         used = {self.transport_of(teacher.id) for teacher in self.teachers}
         for name, transport in TRANSPORT_SETTINGS.items():
-            if name in self.distill.model_fields_set and transport not in used:
+            is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
+            if not is_default and transport not in used:
                 raise ValueError(f"distill.{name} has no effect while no teacher's transport is {transport}; remove it")
         return self
 
@@ -432,10 +433,6 @@ def dump_config(config: RunConfig) -> str:
     if config.distill.surgery.method == "none":
         # `every` has no effect then, and a setting without effect is refused when read back.
         document["distill"]["surgery"].pop("every")
-    used = {config.transport_of(teacher.id) for teacher in config.teachers}
-    for name, transport in TRANSPORT_SETTINGS.items():
-        if transport not in used:
-            document["distill"].pop(name)
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 

@@ -10,8 +10,8 @@ import ray
 
 from actors.pool import TeacherPool, actor_name
 from nexus.errors import ConfigError, TeacherUnavailableError, TowerLoadError
-from nexus.towers.registry import TeacherSpec
 from nexus.towers.packing import pack_targets, unpack_targets
+from nexus.towers.registry import TeacherSpec
 from nexus.towers.targets import ScoreRequest
 
 

@@ -190,7 +190,7 @@ def test_a_head_that_is_more_than_a_head_is_refused(text_config, qwen, text_requ
     with pytest.raises(ValueError, match="a linear map of the last hidden state"):
         output_head(scaled)
     engine = TeacherEngine(replace(qwen, model=scaled), teacher_id="tiny")
-    with pytest.raises(ConfigError, match="'tiny'.*Choose topk"):
+    with pytest.raises(ConfigError, match=r"'tiny'.*Choose topk"):
         engine.score(replace(text_request(PROMPTS, COMPLETIONS), transport="hidden"))
     model = Qwen3ForCausalLM(Qwen3Config(**text_config))
     model.lm_head = torch.nn.Sequential(model.lm_head)
