@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus.adapters.base import Adapter
 from nexus.errors import ConfigError
 from nexus.student.memory import NexusStudent
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.batches import Assignment, StepBatch, StepBatches
 from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss, apply_surgery
 from nexus.training.objective import DistillationObjective, TeacherLoss
@@ -44,6 +44,10 @@ class TargetSource(Protocol):
 
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for the targets under `key`."""
+        ...
+
+    def head(self, teacher: str) -> TeacherHead:
+        """A language teacher's output head, for its `hidden` targets."""
         ...
 
     def forget(self) -> None:

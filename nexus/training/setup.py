@@ -21,7 +21,7 @@ from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.student.shipped import student_preset
 from nexus.training.batches import Assignment, RecordStream, StepBatches
 from nexus.training.checkpoint import load_checkpoint
-from nexus.training.facts import CapabilityFacts, TeacherFacts
+from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
 from nexus.training.loss import GradientSurgeryLoss
 from nexus.training.objective import DistillationObjective, align_with_teachers
@@ -90,6 +90,8 @@ def build_loop(
         top_k=distill.top_k,
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
+        transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
+        head_of=None if source is None else lambda teacher: source.head(teacher),
     )
     importance = {teacher.id: teacher.importance for teacher in teachers}
     surgery = (
@@ -131,6 +133,15 @@ def build_loop(
             seed=config.seed,
         ),
         spike=None if inject_spike is None else parse_spike(inject_spike),
+    )
+
+
+def _transport(config: RunConfig, teacher: str) -> TokenTransport:
+    distill, kind = config.distill, config.transport_of(teacher)
+    return TokenTransport(
+        kind,
+        draws=distill.draws if kind == "sampled" else None,
+        max_error=distill.transport_error if kind == "auto" else None,
     )
 
 
