@@ -67,6 +67,18 @@ class TeacherLoss:
     anchor: Tensor
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a loss is divided by where its rows are a part of an optimizer step: the step's scored tokens and rows."""
+
+    tokens: int
+    rows: int
+
+    def __add__(self, other: Whole) -> Whole:
+        """Of both parts together."""
+        return Whole(self.tokens + other.tokens, self.rows + other.rows)
+
+
 class DistillationObjective(nn.Module):
     """The student with the affine maps that only training needs; gives losses, never steps."""
 
@@ -149,10 +161,28 @@ class DistillationObjective(nn.Module):
 
     # --- losses ---------------------------------------------------------------------------------------------------------------
 
+    def size(self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None) -> Whole:
+        """Scored tokens and rows of one micro-batch; the sum over a step's micro-batches is what `teacher_loss` divides by."""
+        completions = self._completions(self.teachers[assignment.teacher], records, targets)
+        return Whole(self._collate(records, completions).num_loss_tokens, len(records))
+
+    def num_gold_tokens(self, records: Sequence[Record]) -> int:
+        """Scored tokens of labelled rows."""
+        return self._collate(records, [_completion(record) for record in records]).num_loss_tokens
+
     def teacher_loss(
-        self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None
+        self,
+        assignment: Assignment,
+        records: Sequence[Record],
+        targets: TeacherTargets | None,
+        *,
+        whole: Whole | None = None,
     ) -> TeacherLoss:
         """l_t's two parts on unlabelled rows.
+
+        Args:
+            whole: of the optimizer step that these rows are a part of; the parts' losses then add up to the step's. None means
+                that they are all of it.
 
         Raises:
             TowerLoadError: when the targets are in another tokenizer's ids.
@@ -161,45 +191,60 @@ class DistillationObjective(nn.Module):
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
             check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
+        passed = self._forward(records, self._completions(teacher, records, targets))
+        tokens = 1.0 if whole is None else passed.batch.num_loss_tokens / whole.tokens
+        rows = 1.0 if whole is None else len(records) / whole.rows
         if teacher.label_texts is not None:
             assert targets is not None
             assert targets.label_logprobs_BC is not None
-            chosen = targets.label_logprobs_BC.argmax(axis=1)
-            completions = [teacher.label_texts[index] for index in chosen]
-        else:
-            completions = [_completion(record) for record in records]
-        passed = self._forward(records, completions)
-        if teacher.label_texts is not None:
-            assert targets is not None
-            assert targets.label_logprobs_BC is not None
-            divergence = self._classifier_divergence(teacher, passed, targets) + self._tower_divergence(
-                teacher, passed, targets
-            )
+            divergence = tokens * self._classifier_divergence(teacher, passed, targets)
+            divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
             kd = kd_loss(divergence, temperature=self._temperature)
         elif teacher.shares_tokenizer:
             assert targets is not None
-            kd = kd_loss(self._token_divergence(passed, targets), temperature=self._temperature)
+            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
         else:
-            kd = self._response_weight * passed.cross_entropy()
-        return TeacherLoss(kd, self._anchor(teacher, passed, targets, kd))
+            kd = tokens * self._response_weight * passed.cross_entropy()
+        # The states of a language model in the student's tokens count by token; means over answers and towers' features by row.
+        by_token = teacher.role == "causal_lm" and teacher.shares_tokenizer
+        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd))
 
-    def gold_loss(self, labelled: Mapping[str, Sequence[Record]]) -> Tensor:
+    def gold_loss(
+        self, labelled: Mapping[str, Sequence[Record]], *, num_tokens: Mapping[str, int] | None = None
+    ) -> Tensor:
         """Cross-entropy on the gold completions of labelled rows, nats per token, mean over capabilities. One forward pass.
 
         Args:
             labelled: capability -> rows, at least one.
+            num_tokens: scored tokens of each capability in the optimizer step that these rows are a part of; None counts these.
         """
         records = [record for rows in labelled.values() for record in rows]
         passed = self._forward(records, [_completion(record) for record in records])
         parts = passed.row_cross_entropy().split([len(rows) for rows in labelled.values()], dim=1)
+        if num_tokens is not None:
+            shares = [nats_B.sum() / num_tokens[name] for name, (nats_B, _) in zip(labelled, parts, strict=True)]
+            return torch.stack(shares).sum() / len(num_tokens)
         return torch.stack([nats_B.sum() / tokens_B.sum() for nats_B, tokens_B in parts]).mean()
+
+    def _completions(
+        self, teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets | None
+    ) -> list[str]:
+        """What the student is to say: the label that a classifier chose, or the answer in the row."""
+        if teacher.label_texts is None:
+            return [_completion(record) for record in records]
+        assert targets is not None
+        assert targets.label_logprobs_BC is not None
+        return [teacher.label_texts[index] for index in targets.label_logprobs_BC.argmax(axis=1)]
+
+    def _collate(self, records: Sequence[Record], completions: Sequence[str]) -> TokenBatch:
+        return collate(
+            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
+        )
 
     def _forward(self, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
         """One pass over rows of any capabilities, each with the towers of its own."""
         facts = [self.capabilities[record.capability] for record in records]
-        batch = collate(
-            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
-        )
+        batch = self._collate(records, completions)
         output = self.student(
             batch.input_ids_BT,
             batch.attention_mask_BT,
