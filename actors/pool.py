@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
+LOADS_AT_ONCE = 2
+"""Teachers of one node that start at once: one loads while the next imports its libraries. Fifteen at once on two cores kept each
+other from answering Ray until it ended them."""
 POLL_S = 0.5
 """Longest single wait inside Ray, so that signals and deadlines are seen."""
 
@@ -43,6 +46,8 @@ class _Call:
     teacher: str
     method: str
     arguments: tuple[Any, ...]
+    timeout_s: float
+    """Longest wait for this call alone."""
     replica: int | None = None
     """The only replica that may answer; None for any."""
     attempts: int = 0
@@ -103,7 +108,7 @@ class TeacherPool:
         load_timeout_s: float,
         check: Callable[[], None] | None = None,
     ) -> tuple[TeacherPool, dict[str, LoadReport]]:
-        """Create the teachers' actors, load them side by side, and wait for all.
+        """Create the teachers' actors and load them, a few at a time on each node.
 
         Args:
             replicas: actors of each teacher; one where nothing is said.
@@ -113,9 +118,19 @@ class TeacherPool:
             TeacherUnavailableError: when a teacher does not answer within `load_timeout_s`.
         """
         remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)  # type: ignore[call-overload]  # Ray left it out of its types
-        handles = {
-            spec.id: [
-                remote.options(
+        pool = cls(
+            {spec.id: () for spec in specs}, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check
+        )
+        at_once = LOADS_AT_ONCE * sum(node["Alive"] for node in ray.nodes())
+        reports: dict[Hashable, LoadReport] = {}
+        loading: list[Hashable] = []
+        for spec in specs:
+            for replica in range((replicas or {}).get(spec.id, 1)):
+                if len(loading) == at_once:
+                    first = pool.collect_first(loading)
+                    loading.remove(first)
+                    reports[first] = pool.collect(first)
+                pool._lanes[spec.id].handles[replica] = remote.options(
                     name=actor_name(spec.id, replica),
                     get_if_exists=True,
                     num_cpus=0,
@@ -125,12 +140,11 @@ class TeacherPool:
                     max_pending_calls=4 * window + 16,
                     allow_out_of_order_execution=True,
                 ).remote(spec, torch_threads, replica)
-                for replica in range((replicas or {}).get(spec.id, 1))
-            ]
-            for spec in specs
-        }
-        pool = cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check)
-        return pool, pool.load(load_timeout_s)
+                key = ("load", spec.id, replica)
+                pool._queue(_Call(key, spec.id, "load", (), load_timeout_s, replica))
+                loading.append(key)
+        reports.update({key: pool.collect(key) for key in loading})
+        return pool, {spec.id: reports["load", spec.id, 0] for spec in specs}
 
     @classmethod
     def attach(
@@ -161,14 +175,6 @@ class TeacherPool:
         """Ids in the order of creation."""
         return tuple(self._lanes)
 
-    def load(self, timeout_s: float) -> dict[str, LoadReport]:
-        """Load every replica of every teacher; returns the reports of the first ones by id."""
-        keys = [(teacher, replica) for teacher, lane in self._lanes.items() for replica in lane.handles]
-        for teacher, replica in keys:
-            self._queue(_Call(("load", teacher, replica), teacher, "load", (), replica))
-        reports = {key: self.collect(("load", *key), timeout_s=timeout_s) for key in keys}
-        return {teacher: reports[teacher, 0] for teacher in self._lanes}
-
     def num_replicas(self, teacher: str) -> int:
         """Actors of a teacher that have not died for good."""
         return len(self._lanes[teacher].handles)
@@ -190,7 +196,7 @@ class TeacherPool:
 
     def submit(self, key: Hashable, teacher: str, method: str, *arguments: Any) -> None:
         """Queue one call; it starts as soon as the window of a replica has room."""
-        self._queue(_Call(key, teacher, method, arguments))
+        self._queue(_Call(key, teacher, method, arguments, self._timeout_s))
 
     def collect_first(self, keys: Sequence[Hashable]) -> Hashable:
         """The first of `keys` whose call is done, as soon as one is; its result, or error, is for `collect`."""
@@ -246,7 +252,7 @@ class TeacherPool:
                 lane.waiting.popleft()
                 call.attempts += 1
                 # An actor takes one call after the other.
-                call.deadline = time.monotonic() + self._timeout_s * (lane.load_of(replica) + 1)
+                call.deadline = time.monotonic() + call.timeout_s * (lane.load_of(replica) + 1)
                 reference = getattr(lane.handles[replica], call.method).remote(*call.arguments)
                 lane.in_flight[reference] = (replica, call)
 
@@ -262,7 +268,7 @@ class TeacherPool:
             for reference, (_, call) in list(lane.in_flight.items()):
                 if now > call.deadline:
                     del lane.in_flight[reference]
-                    self._retry(lane, call, f"no answer within {self._timeout_s:g} s")
+                    self._retry(lane, call, f"no answer within {call.timeout_s:g} s")
         self._pump()
 
     def _receive(self, lane: _Lane, reference: Any) -> None:

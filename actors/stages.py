@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.session import FACTS_FILE, Interrupted, Session
-from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
+from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, resolve_path
 from nexus.run import STAGES
 
@@ -290,6 +290,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         raise
     outputs = [session.run.path / name for result in results.values() for name in result.files]
     main = results["distilled"]
+    write_artifact(session.run.path / TRANSPORTS_FILE, TransportsFile(teachers=dict(main.transports)))
+    outputs.append(session.run.path / TRANSPORTS_FILE)
     summary: Summary = {
         "steps": main.steps,
         "student_parameters": main.num_parameters,

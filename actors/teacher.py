@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from actors.memory import release_freed_memory
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from actors.memory import load_turn, release_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
+    from nexus.towers.packing import PackedTargets
     from nexus.towers.registry import TeacherSpec
+    from nexus.towers.targets import ScoreRequest, TeacherHead
     from nexus.towers.tax import TaxMeasurement
 
 CONTROL_GROUP = "control"
@@ -89,9 +90,18 @@ class TeacherActor:
         assert self._report is not None
         return self._report
 
-    def score(self, request: ScoreRequest) -> TeacherTargets:
-        """Targets for the trainer."""
-        return self._timed(len(request.row_ids), lambda engine: engine.score(request))
+    def score(self, request: ScoreRequest) -> PackedTargets:
+        """Targets for the trainer, packed: what leaves this process is what they take."""
+        from nexus.towers.packing import pack_targets
+
+        return self._timed(
+            len(request.row_ids),
+            lambda engine: pack_targets(engine.score(request), vocabulary_size=engine.vocabulary_size),
+        )
+
+    def output_head(self) -> TeacherHead:
+        """What the receiver of `hidden` targets needs once."""
+        return self._loaded().output_head()
 
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
@@ -163,8 +173,9 @@ class TeacherActor:
             torch.set_num_threads(self._torch_threads)
             # One bar per checkpoint would bury the run's own news.
             disable_progress_bar()
-            start = time.perf_counter()
-            tower = load_tower(self._spec)
+            with load_turn():
+                start = time.perf_counter()
+                tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)
             weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(

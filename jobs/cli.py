@@ -397,6 +397,37 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4x24GiB",
+            help="The cluster: NxSIZE, + within a node, a comma between nodes, a node's memory behind /. Default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    every_teacher: Annotated[
+        bool, typer.Option("--all", help="Plan for every teacher of the registry instead of the run's own.")
+    ] = False,
+    models_dir: ModelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where each teacher would live and what that costs; starts nothing."""
+    from jobs.execute import load_run_config
+    from jobs.plan import plan_document, plan_run, render_plan
+
+    found, path, note = load_run_config(config, tuple(overrides or ()))
+    result = plan_run(found, gpus=gpus, models_dir=models_dir, every_teacher=every_teacher)
+    if as_json:
+        _print_json(plan_document(result))
+        return
+    typer.echo(f"configuration {path}{note}")
+    typer.echo(render_plan(result))
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("nexus.yaml"),
     teacher: Annotated[

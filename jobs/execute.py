@@ -78,7 +78,7 @@ def execute_stages(
     from jobs.console import ConsoleReporter
 
     reporter = ConsoleReporter(shows_progress=not options.as_json)
-    config, path, note = _load(options)
+    config, path, note = load_run_config(options.config, options.overrides)
     out = options.out or Path("runs") / config.name
     if inject_spike is not None:
         _check_spike(inject_spike)
@@ -214,13 +214,14 @@ def _usage(error: TyperException) -> str:
     return f"Expected a proper use of `{path}`, found: {message}. {remedy}"
 
 
-def _load(options: RunOptions) -> tuple[RunConfig, Path, str]:
+def load_run_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[RunConfig, Path, str]:
+    """The configuration of a command, its path as a person should read it, and a note when it is the shipped one."""
     from nexus.towers.registry import shipped_config
 
-    if options.config is not None:
-        return load_config(options.config, options.overrides), options.config, ""
+    if config is not None:
+        return load_config(config, overrides), config, ""
     path = shipped_config(DEFAULT_CONFIG)
-    return load_config(path, options.overrides), Path("configs") / DEFAULT_CONFIG, " (shipped; --config names another)"
+    return load_config(path, overrides), Path("configs") / DEFAULT_CONFIG, " (shipped; --config names another)"
 
 
 def _check_spike(text: str) -> None:
