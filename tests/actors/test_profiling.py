@@ -28,7 +28,7 @@ from nexus.config import SAMPLES_DIR, parse_config
 from nexus.errors import ConfigError, DataError
 
 TEXT, IMAGES = "sample-reasoning", "sample-vision"
-OPTIONS = {"window": 2, "timeout_s": 120, "max_retries": 2}
+OPTIONS = {"window": 2, "timeout_s": 120, "max_retries": 20}
 
 
 def document(labelled: str = "samples:reasoning/labelled.parquet", **profile: object) -> dict[str, object]:
