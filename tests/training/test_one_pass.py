@@ -134,7 +134,8 @@ def test_ids_that_cannot_be_add_nothing(name):
 
 def test_the_gradient_can_be_asked_for_twice_and_is_scaled():
     states, weight, teacher, head = _inputs()
-    loss = hidden_one_pass(StudentRows(states, weight), teacher, OutputHead(head), terms=DISTILL_MIX, **SETTING)
+    setting = {**SETTING, "temperature": 1.0}
+    loss = hidden_one_pass(StudentRows(states, weight), teacher, OutputHead(head), terms=DISTILL_MIX, **setting)
     first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
     second = torch.autograd.grad(3.0 * loss, weight)[0]
     torch.testing.assert_close(second, 3.0 * first)
