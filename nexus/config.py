@@ -25,6 +25,7 @@ SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
 Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
+Divergence = Literal["mix", "forward_kl"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -235,6 +236,8 @@ class DistillConfig(ConfigSection):
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
     """Softmax temperature of the distillation loss, for teachers and student alike."""
+    divergence: Divergence = "mix"
+    """Of token distributions: `mix` is half a skewed KL(teacher || student) and half a skewed KL(student || teacher), bounded."""
     transport: Transport = "topk"
     """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
     mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
