@@ -321,6 +321,21 @@ class ClusterConfig(ConfigSection):
     """Threads of each actor's tensor operations."""
 
 
+class CacheConfig(ConfigSection):
+    """Quantised weights of teachers, kept on each node for the next load."""
+
+    dir: str | None = "~/.cache/nexus/nf4"
+    """Folder; `~` is the home of whoever loads the teacher. null keeps nothing."""
+    min_parameters: int = Field(50_000_000, ge=0)
+    """Smaller teachers are quantised anew at every load, which takes them a few seconds."""
+
+    @model_validator(mode="after")
+    def _limit_needs_a_folder(self) -> CacheConfig:
+        if self.dir is None and "min_parameters" in self.model_fields_set:
+            raise ValueError("min_parameters has no effect while dir is null; remove it or name a folder")
+        return self
+
+
 class RunConfig(ConfigSection):
     """One run, from Parquet to report."""
 
@@ -336,6 +351,7 @@ class RunConfig(ConfigSection):
     router: RouterConfig = RouterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> RunConfig:
@@ -456,6 +472,8 @@ def dump_config(config: RunConfig) -> str:
         # These have no effect then, and a setting without effect is refused when read back.
         for name in ("every", "subset"):
             document["distill"]["surgery"].pop(name)
+    if config.cache.dir is None:
+        document["cache"].pop("min_parameters")
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
