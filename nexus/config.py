@@ -24,6 +24,7 @@ SAMPLES_PREFIX = "samples:"
 SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
+Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -54,6 +55,10 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    replicas: int = Field(1, gt=0, le=64)
+    """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
+    transport: Transport | None = None
+    """How this language model's token distributions travel; None takes `distill.transport`."""
     start_step: int = Field(0, ge=0)
     """First optimizer step that this teacher takes part in."""
     ramp_steps: int = Field(0, ge=0)
@@ -232,8 +237,17 @@ class DistillConfig(ConfigSection):
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
     """Softmax temperature of the distillation loss, for teachers and student alike."""
+    transport: Transport = "topk"
+    """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
+    mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
+    draws; the divergence is then the forward KL), `full`, or `auto` (of topk, hidden and full the one of fewest bytes that keeps
+    `transport_error`)."""
     top_k: int = Field(64, gt=0)
-    """Kept ids per scored token; the rest travels as one tail mass."""
+    """Kept ids per scored token of transport topk; the rest travels as one tail mass."""
+    draws: int = Field(12, gt=0)
+    """Draws per scored token of transport sampled; 12 match the whole distribution (RS-KD, arXiv 2503.16870)."""
+    transport_error: float = Field(0.01, ge=1.0e-4)
+    """What transport auto may lose of a distribution, KL in nats per token. Below the least value bfloat16 rounding would count."""
     response_weight: float = Field(1.0, ge=0)
     """Weight of the cross-entropy on a teacher's own answers, where its vocabulary is not the student's."""
     gold_weight: float = Field(0.5, ge=0)
@@ -268,6 +282,10 @@ class DistillConfig(ConfigSection):
                 "distill.warmup_steps lower"
             )
         return self
+
+
+TRANSPORT_SETTINGS: Mapping[str, Transport] = {"top_k": "topk", "draws": "sampled", "transport_error": "auto"}
+"""Settings of `distill` that only one transport reads."""
 
 
 class RouterConfig(ConfigSection):
@@ -346,6 +364,29 @@ class RunConfig(ConfigSection):
                         f"{_nearest(capability, capabilities)}; a teacher without rows would starve"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _transports_are_used(self) -> RunConfig:
+        for teacher in self.teachers:
+            if (
+                teacher.transport is not None
+                and not isinstance(teacher, RegistryTeacher)
+                and teacher.role != "causal_lm"
+            ):
+                raise ValueError(
+                    f"transport of teacher {teacher.id!r} has no effect: only language models give token distributions; remove it"
+                )
+        used = {self.transport_of(teacher.id) for teacher in self.teachers}
+        for name, transport in TRANSPORT_SETTINGS.items():
+            is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
+            if not is_default and transport not in used:
+                raise ValueError(f"distill.{name} has no effect while no teacher's transport is {transport}; remove it")
+        return self
+
+    def transport_of(self, teacher: str) -> Transport:
+        """How the token distributions of `teacher` travel."""
+        own = next(entry.transport for entry in self.teachers if entry.id == teacher)
+        return self.distill.transport if own is None else own
 
     def teachers_of(self, capability: str) -> tuple[TeacherConfig, ...]:
         """The teachers that label rows of `capability`, in the order of the file."""

@@ -24,7 +24,7 @@ from nexus.adapters.base import Adapter
 from nexus.data.records import Record
 from nexus.errors import ConfigError
 from nexus.student.memory import NexusStudent
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.average import WeightAverage
 from nexus.training.batches import Assignment, StepBatch, StepBatches
 from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss
@@ -53,6 +53,10 @@ class TargetSource(Protocol):
 
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for the targets under `key`."""
+        ...
+
+    def head(self, teacher: str) -> TeacherHead:
+        """A language teacher's output head, for its `hidden` targets."""
         ...
 
     def forget(self) -> None:
