@@ -212,9 +212,11 @@ class SurgerySection(ConfigSection):
 
     @model_validator(mode="after")
     def _settings_need_a_method(self) -> SurgerySection:
-        for name in ("every", "subset"):
-            if self.method == "none" and name in self.model_fields_set:
-                raise ValueError(f"{name} has no effect while method is none; remove it or choose upgrad or pcgrad")
+        if self.method == "none":
+            chosen = ["every"] if "every" in self.model_fields_set else []
+            chosen += ["subset"] if self.subset != "adapters_and_trunk" else []
+            if chosen:
+                raise ValueError(f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad")
         return self
 
 
@@ -469,9 +471,8 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     document = config.model_dump(mode="json", exclude_unset=False)
     if config.distill.surgery.method == "none":
-        # These have no effect then, and a setting without effect is refused when read back.
-        for name in ("every", "subset"):
-            document["distill"]["surgery"].pop(name)
+        # `every` has no effect then, and a setting without effect is refused when read back.
+        document["distill"]["surgery"].pop("every")
     if config.cache.dir is None:
         document["cache"].pop("min_parameters")
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
