@@ -393,7 +393,10 @@ def plan(
     models_dir: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where each teacher would live and what that costs; starts nothing."""
+    """Say where each teacher would live, at what cost.
+
+    Starts nothing: sizes come from the headers of checkpoints on this machine, else from the registry.
+    """
     from jobs.execute import load_run_config
     from jobs.plan import plan_document, plan_run, render_plan
 
