@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from actors.memory import load_turn, release_freed_memory
-from nexus.towers.targets import ScoreRequest, TeacherTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
+    from nexus.towers.packing import PackedTargets
     from nexus.towers.registry import TeacherSpec
+    from nexus.towers.targets import ScoreRequest, TeacherHead
     from nexus.towers.tax import TaxMeasurement
 
 CONTROL_GROUP = "control"
@@ -89,9 +90,18 @@ class TeacherActor:
         assert self._report is not None
         return self._report
 
-    def score(self, request: ScoreRequest) -> TeacherTargets:
-        """Targets for the trainer."""
-        return self._timed(len(request.row_ids), lambda engine: engine.score(request))
+    def score(self, request: ScoreRequest) -> PackedTargets:
+        """Targets for the trainer, packed: what leaves this process is what they take."""
+        from nexus.towers.packing import pack_targets
+
+        return self._timed(
+            len(request.row_ids),
+            lambda engine: pack_targets(engine.score(request), vocabulary_size=engine.vocabulary_size),
+        )
+
+    def output_head(self) -> TeacherHead:
+        """What the receiver of `hidden` targets needs once."""
+        return self._loaded().output_head()
 
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
@@ -101,7 +111,7 @@ class TeacherActor:
 
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
-        return self._seldom(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+        return self._profiled(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
 
     def confirm(
         self,
@@ -112,7 +122,7 @@ class TeacherActor:
         answers: AnswerCheck | None,
     ) -> ConfirmationMeasurement:
         """Second pass of a profile over some rows of the first."""
-        return self._seldom(
+        return self._profiled(
             len(records),
             lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
         )
@@ -126,6 +136,13 @@ class TeacherActor:
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
         return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+
+    def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+        """As `_seldom`, counted as work on a profile."""
+        before = self._busy_seconds
+        result = self._seldom(rows, call)
+        self._metrics.profiled(rows, self._busy_seconds - before)
+        return result
 
     def _seldom(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_timed`, for work whose large blocks are not wanted again by the next step."""

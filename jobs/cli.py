@@ -200,12 +200,33 @@ def profile(
         float | None,
         typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
     ] = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option(
+            "--teachers",
+            metavar="ID,ID",
+            help="Only these; the stage is complete when all have been profiled. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Continue with what an unfinished command has measured, or measure anew."
+        ),
+    ] = True,
 ) -> None:
-    """Find the layers of each teacher that carry its capability."""
+    """Find the layers of each teacher that carry its capability.
+
+    Killed at any moment and typed again, it continues.
+    """
     settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
     extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
-    execute_stages(options, "profile")
+    chosen = None if teachers is None else tuple(name.strip() for name in teachers.split(",") if name.strip())
+    if chosen == ():
+        raise UserError(f"Expected --teachers ID,ID, found {teachers!r}. Name at least one, or leave it out for all.")
+    execute_stages(options, "profile", teachers=chosen, resume=resume)
 
 
 @app.command()

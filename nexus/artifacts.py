@@ -137,6 +137,13 @@ class NIWTProfile(StrictModel):
     """File beside this one with the critical layers' statistics per dimension and their principal components."""
     capabilities: dict[str, tuple[LayerEffect, ...]] = {}
     """The layers' effects on each capability's rows alone, where a teacher has several."""
+    side: Literal["encoder", "decoder"] | None = None
+    """Which part of the teacher the layers are of."""
+    path: str | None = None
+    """Dotted path of the profiled blocks inside the teacher's model."""
+    encoder: NIWTProfile | None = None
+    """Of an encoder-decoder, the profile of its encoder's layers on the same samples: what they are worth to the text. The layers
+    above are then its decoder's."""
 
 
 # --- metrics.json -------------------------------------------------------------------------------------------------------------
@@ -177,6 +184,30 @@ class QuantisationTax(StrictModel):
     """Largest relative Frobenius error of a quantised matrix."""
 
 
+class TransportMetrics(StrictModel):
+    """What one teacher's targets took on their way to the trainer; lengths of the buffers that were moved."""
+
+    transports: tuple[str, ...]
+    """Of its token distributions; empty without any."""
+    targets: Literal["live", "cached"]
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    """Scored tokens."""
+    bytes_per_token: float | None
+    """Of the token distributions."""
+    bytes_per_row: float
+    """Of everything, the states of critical layers and labels included."""
+
+
+TRANSPORTS_FILE = "transports.json"
+
+
+class TransportsFile(StrictModel):
+    """transports.json, written by the distill stage; a resumed run counts its last part."""
+
+    teachers: dict[str, TransportMetrics]
+
+
 class StageMetrics(StrictModel):
     """Cost of one stage, all processes of the run together."""
 
@@ -203,6 +234,8 @@ class Metrics(StrictModel):
     throughput: dict[str, float]
     stages: dict[str, StageMetrics]
     router: RouterMetrics | None = None
+    transports: dict[str, TransportMetrics] = {}
+    """Of each teacher that targets came from."""
     student_parameters: int
     teacher_parameters: dict[str, int]
     seed: int

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ProfilingError
+from nexus.profiling.inputs import ModelInputs
 from nexus.profiling.layers import BlockCall, BlockHandler, BlockStack, Rows
 
 SweepStrategy = Literal["brute", "prefix", "triangular"]
@@ -224,7 +225,7 @@ class TokenReader:
         self,
         model: PreTrainedModel,
         stack: BlockStack,
-        inputs: Mapping[str, Tensor],
+        inputs: ModelInputs,
         scored: ScoredTokens,
         *,
         with_kl: bool = False,
@@ -251,7 +252,7 @@ class TokenReader:
 
         hook = self._head.register_forward_pre_hook(keep_scored)
         try:
-            logits_MV = self._model(**self._inputs, use_cache=False).logits[0]
+            logits_MV = self._model(**self._inputs.prompt(num_variants, use_cache=False)).logits[0]
         finally:
             hook.remove()
         targets_N = self._scored.targets_N

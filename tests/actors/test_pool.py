@@ -11,6 +11,7 @@ import ray
 
 from actors.pool import TeacherPool, actor_name
 from nexus.errors import ConfigError, TeacherUnavailableError, TowerLoadError
+from nexus.towers.packing import pack_targets, unpack_targets
 from nexus.towers.registry import TeacherSpec
 from nexus.towers.targets import ScoreRequest
 
@@ -56,7 +57,8 @@ def engine(reasoning_spec):
 
 def test_the_actor_returns_what_the_engine_computes_in_process(pool, engine):
     pool.submit("one", "sample-reasoning", "score", _request(3))
-    assert pool.collect("one") == engine.score(_request(3))
+    packed = pack_targets(engine.score(_request(3)), vocabulary_size=engine.vocabulary_size)
+    assert unpack_targets(pool.collect("one")) == unpack_targets(packed)
 
 
 def test_results_are_kept_until_collected_in_any_order(pool, engine):
