@@ -439,9 +439,7 @@ class NIWTProfiler:
             if counts_from_the_left(self.model):
                 ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = TokenReader(
-                self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl
-            )
+            read = TokenReader(self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl)
             # Of what the blocks see: an encoder's own mask where it has one.
             seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
             if interventions is None:
@@ -501,10 +499,10 @@ class NIWTProfiler:
         """Whether a decoder follows the blocks."""
         return self.stack.side == "encoder" and self.model.config.is_encoder_decoder
 
-    def _model_inputs(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]
-    ) -> ModelInputs:
-        return model_inputs(self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder)
+    def _model_inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]) -> ModelInputs:
+        return model_inputs(
+            self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder
+        )
 
     def _num_heard(self, beside: Mapping[str, Tensor]) -> int:
         """Return the positions of an encoder-decoder's encoder, or more; 0 for other models."""

@@ -184,7 +184,9 @@ def _load_diffusion(spec: TeacherSpec, device: torch.device, *, quantise: bool) 
 
     denoiser, coverage, components = load_pipeline(spec, device, quantise=quantise, load_transformer=load_component)
     fingerprint = fingerprint_of({"pipeline": components, "role": spec.role, "schema": TARGETS_SCHEMA})
-    return LoadedTower(denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser)
+    return LoadedTower(
+        denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser
+    )
 
 
 def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:

@@ -237,7 +237,7 @@ class DistillationObjective(nn.Module):
     def _completions(
         self, teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets | None
     ) -> list[str]:
-        """What the student is to say: the label that a classifier chose, or the answer in the row; nothing to a teacher of features."""
+        """What the student is to say: the label that a classifier chose, the answer in the row, or nothing (features alone)."""
         if _is_feature_only(teacher):
             return [""] * len(records)
         if teacher.label_texts is None:
@@ -508,8 +508,8 @@ def align_with_teachers(
             continue
         if teacher.role == "encoder" and tower is None:
             raise ConfigError(
-                f"Expected the encoder teacher {teacher.id!r} to come with vision or audio under data.<capability>.towers, found none: "
-                "no part of the student would learn from it. Add it, or remove the teacher."
+                f"Expected the encoder teacher {teacher.id!r} to come with vision or audio under data.<capability>.towers, found "
+                "none: no part of the student would learn from it. Add it, or remove the teacher."
             )
         if tower is not None:
             alignments.setdefault(tower, []).extend(
@@ -538,8 +538,8 @@ def check_answered(teachers: Sequence[TeacherFacts], capabilities: Mapping[str, 
     for capability, ids in capabilities.items():
         if silent.issuperset(ids):
             raise ConfigError(
-                f"Expected a teacher of {capability!r} that answers in text, a language model or a classifier with label texts, found "
-                f"only {', '.join(ids)}, which give features. Add one."
+                f"Expected a teacher of {capability!r} that answers in text, a language model or a classifier with label texts, "
+                f"found only {', '.join(ids)}, which give features. Add one."
             )
 
 
