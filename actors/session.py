@@ -201,6 +201,15 @@ class Session:
         self.pool  # noqa: B018  # loads
         return self._reports
 
+    def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
+        """The teachers of `capability` that answer in text: language models, and encoders with label texts."""
+        roles, reports = self.roles, self.load_reports
+        return tuple(
+            teacher
+            for teacher in self.config.teachers_of(capability)
+            if roles[teacher.id] == "causal_lm" or reports[teacher.id].label_texts is not None
+        )
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each loaded teacher."""

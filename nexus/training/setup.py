@@ -189,8 +189,9 @@ def _batches(
                 seed=config.seed * 1000 + number,
                 quarantine=quarantine,
             )
-            # A classifier's label becomes the row's answer.
-            fits = length_check(tokenizer, config.student.max_length, answers=facts[teacher.id].label_texts)
+            # A classifier's label becomes the row's answer; a teacher of features alone gives none.
+            answers = facts[teacher.id].label_texts or (("",) if facts[teacher.id].role == "encoder" else None)
+            fits = length_check(tokenizer, config.student.max_length, answers=answers)
             unlabelled[Assignment(teacher.id, capability)] = UsableBatches(batches, quarantine, fits)
     labelled: dict[str, RecordStream] = {
         source.capability: UsableBatches(
