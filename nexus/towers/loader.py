@@ -41,6 +41,7 @@ from nexus.errors import TowerLoadError
 from nexus.profiling.layers import find_blocks
 from nexus.towers.blocks import block_width
 from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
+from nexus.towers.codec import CODECS
 from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.diffusion import Denoiser
 from nexus.towers.nf4 import (
@@ -139,8 +140,9 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role in ("encoder", "codec_lm") else None
-    quantise = quantise and spec.quantise
+    processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
+    # Codecs stay in floating point: four bits are heard.
+    quantise = quantise and spec.quantise and spec.role != "codec"
     model, coverage = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
     fingerprint = fingerprint_of(
@@ -167,7 +169,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
 def load_component(
     spec: TeacherSpec, model_class: Any, device: torch.device, *, quantise: bool
 ) -> tuple[PreTrainedModel, CoverageReport, str]:
-    """One model of transformers by itself, its coverage, and a hash of its weights and configuration; raises as `load_tower`."""
+    """One model of transformers by itself, its coverage, and a hash of weights and configuration; raises as `load_tower`."""
     checkpoint = open_checkpoint(Path(spec.path))
     skeleton = _skeleton(spec, model_class)
     model, coverage = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
@@ -184,9 +186,7 @@ def _load_diffusion(spec: TeacherSpec, device: torch.device, *, quantise: bool) 
 
     denoiser, coverage, components = load_pipeline(spec, device, quantise=quantise, load_transformer=load_component)
     fingerprint = fingerprint_of({"pipeline": components, "role": spec.role, "schema": TARGETS_SCHEMA})
-    return LoadedTower(
-        denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser
-    )
+    return LoadedTower(denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser)
 
 
 def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
@@ -258,6 +258,11 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
         raise TowerLoadError(
             f"Expected {CODEC_LM_CLASS} for teacher {spec.id!r} of role codec_lm, found {name}, whose codes this version cannot ask "
             "for. Remove it from the run."
+        )
+    if spec.role == "codec" and name not in CODECS:
+        raise TowerLoadError(
+            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. Remove "
+            "it from the run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
