@@ -191,6 +191,7 @@ class Session:
                 self.reporter.line(
                     f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
                     f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
+                    + (", from the quantised cache" if report.from_cache else "")
                 )
             logger.info("teachers loaded in %.1f s", time.perf_counter() - start)
         return self._pool
@@ -225,6 +226,7 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
+        cache = self.config.cache
         found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.teachers]
         return [
             dataclasses.replace(
@@ -232,6 +234,8 @@ class Session:
                 id=teacher.id,
                 path=str(Path(spec.path).absolute()),
                 base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
+                cache_dir=cache.dir,
+                cache_min_parameters=cache.min_parameters,
             )
             for teacher, spec in zip(self.teachers, found, strict=True)
         ]

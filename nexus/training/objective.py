@@ -2,9 +2,9 @@
 
 For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
 KD_t depends on what the teacher gives:
-- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) at every token of its own answer, on its top-k and tail, its
-  whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of KL(teacher || student), because the
-  mix has none;
+- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL), or T^2 KL(teacher || student), at every token of its own
+  answer, on its top-k and tail, its whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of
+  KL(teacher || student), because the mix has none;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
   distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
 - an encoder without a head: none; A_t then also holds the distance to its pooled embedding;
@@ -20,7 +20,7 @@ Shape letters: B rows, T tokens, V vocabulary, N scored tokens, H a teacher's wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nexus.adapters.base import POOLED, Adapter, AdapterConfig, Alignment, Features
-from nexus.config import TOWERS
+from nexus.config import TOWERS, Divergence
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.media import read_media
 from nexus.data.records import Record
@@ -47,17 +47,19 @@ from nexus.towers.targets import (
     TeacherTargets,
 )
 from nexus.training.batches import Assignment
-from nexus.training.divergence import (
-    distill_divergence,
-    distill_divergence_topk,
-    kd_loss,
-    sampled_kl,
-    topk_tail_kl,
-)
+from nexus.training.divergence import kd_loss, sampled_kl, topk_tail_kl
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
-from nexus.training.hidden_divergence import DISTILL_MIX, OutputHead, hidden_divergence
+from nexus.training.hidden_divergence import DISTILL_MIX, FORWARD_KL, OutputHead, Term, hidden_divergence
 from nexus.training.labels import LabelTokens
+from nexus.training.one_pass import StudentRows, dense_one_pass, hidden_one_pass, topk_one_pass
+
+TERMS: Mapping[Divergence, tuple[Term, ...]] = {"mix": DISTILL_MIX, "forward_kl": FORWARD_KL}
+"""What each name of a divergence stands for."""
+
+ONE_PASS_HEAD_BYTES = 128 << 20
+"""Largest output head whose gradient is kept for each teacher between its loss and the backward pass: 32,000 ids over 1,024
+dimensions in float32. Beyond it the logits are computed a second time instead."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ class DistillationObjective(nn.Module):
         top_k: int,
         response_weight: float,
         max_length: int,
+        divergence: Divergence = "mix",
         transports: Mapping[str, TokenTransport] | None = None,
         head_of: Callable[[str], TeacherHead] | None = None,
     ) -> None:
         """
         Args:
+            divergence: of the token distributions; draws have only the forward KL.
             transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
             head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
         """
@@ -113,6 +117,7 @@ class DistillationObjective(nn.Module):
         self._top_k = top_k
         self._response_weight = response_weight
         self._max_length = max_length
+        self._divergence = divergence
         self._transports = dict(transports or {})
         self._head_of = head_of
         self._heads: dict[str, OutputHead] = {}
@@ -277,54 +282,75 @@ class DistillationObjective(nn.Module):
                 f"Expected {targets.teacher} to score the student's {len(ids_N)} completion tokens, found "
                 f"{len(tokens.token_ids_N)} others: the tokenizers differ. Set student.tokenizer to a teacher that shares it."
             )
+        student = StudentRows(passed.scored(passed.states[-1]), self.student.core.lm_head.weight)
+        count = len(ids_N)
         if isinstance(tokens, HiddenTargets):
-            return self._hidden_divergence(targets.teacher, passed, tokens)
-        mask_1N = torch.ones(1, len(ids_N), dtype=torch.bool)
-        # A model's head may be padded beyond the ids that another of the same tokenizer knows.
-        logits_1NV = passed.scored_logits_NV[None]
+            return self._hidden_divergence(targets.teacher, student, tokens)
         if isinstance(tokens, FullTargets):
-            teacher_1NV = torch.from_numpy(tokens.logprobs_NV)[None]
-            shared = min(logits_1NV.shape[-1], teacher_1NV.shape[-1])
-            return distill_divergence(
-                logits_1NV[..., :shared],
-                # Log-probabilities are logits of themselves; they were tempered by the teacher.
-                teacher_1NV[..., :shared] * self._temperature,
-                mask_1N,
-                num_loss_tokens=len(ids_N),
+            # A head may be padded beyond the ids that another model of the same tokenizer knows.
+            shared = min(len(student.weight_VD), tokens.logprobs_NV.shape[1])
+            return dense_one_pass(
+                replace(student, weight_VD=student.weight_VD[:shared]),
+                torch.from_numpy(tokens.logprobs_NV)[:, :shared],
+                terms=TERMS[self._divergence],
+                num_loss_tokens=count,
                 temperature=self._temperature,
             )
+        mask_1N = torch.ones(1, count, dtype=torch.bool)
         if isinstance(tokens, SampledTargets):
             return sampled_kl(
-                logits_1NV,
+                passed.scored_logits_NV[None],
                 torch.from_numpy(tokens.ids_NS).long()[None],
                 torch.from_numpy(tokens.logprobs_NS)[None],
                 mask_1N,
-                num_loss_tokens=len(ids_N),
+                num_loss_tokens=count,
                 temperature=self._temperature,
             )
-        return distill_divergence_topk(
-            logits_1NV,
-            torch.from_numpy(tokens.ids_NK).long()[None],
-            torch.from_numpy(tokens.logprobs_NK)[None],
-            mask_1N,
-            num_loss_tokens=len(ids_N),
+        ids_NK, logprobs_NK = torch.from_numpy(tokens.ids_NK).long(), torch.from_numpy(tokens.logprobs_NK)
+        tail_N = torch.from_numpy(tokens.tail_logprob_N)
+        if self._divergence == "forward_kl":
+            return topk_tail_kl(
+                passed.scored_logits_NV[None],
+                ids_NK[None],
+                logprobs_NK[None],
+                mask_1N,
+                num_loss_tokens=count,
+                temperature=self._temperature,
+                tail_logprob_BT=tail_N[None],
+            )
+        return topk_one_pass(
+            student,
+            ids_NK,
+            logprobs_NK,
+            terms=DISTILL_MIX,
+            num_loss_tokens=count,
             temperature=self._temperature,
-            tail_logprob_BT=torch.from_numpy(tokens.tail_logprob_N)[None],
+            tail_logprob_M=tail_N,
         )
 
-    def _hidden_divergence(self, teacher: str, passed: _Passed, tokens: HiddenTargets) -> Tensor:
-        """The exact mix from both models' last states; logits exist one tile of the vocabulary at a time."""
+    def _hidden_divergence(self, teacher: str, student: StudentRows, tokens: HiddenTargets) -> Tensor:
+        """The exact divergence from both models' last states; logits exist a block or a tile at a time."""
         head = self._teacher_head(teacher)
-        weight_VD = self.student.core.lm_head.weight
-        shared = min(len(weight_VD), len(head.weight_VD))
+        shared = min(len(student.weight_VD), len(head.weight_VD))
+        weight_VD, states_NE = student.weight_VD[:shared], torch.from_numpy(tokens.states_NH)
+        cut = OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap)
+        if weight_VD.nbytes <= ONE_PASS_HEAD_BYTES:
+            return hidden_one_pass(
+                replace(student, weight_VD=weight_VD),
+                states_NE,
+                cut,
+                terms=TERMS[self._divergence],
+                num_loss_tokens=len(states_NE),
+                temperature=self._temperature,
+            )
         return hidden_divergence(
-            passed.scored(passed.states[-1])[None],
-            OutputHead(weight_VD[:shared]),
-            torch.from_numpy(tokens.states_NH)[None],
-            OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap),
-            torch.ones(1, len(tokens.token_ids_N), dtype=torch.bool),
-            terms=DISTILL_MIX,
-            num_loss_tokens=len(tokens.token_ids_N),
+            student.states_MD[None],
+            OutputHead(weight_VD),
+            states_NE[None],
+            cut,
+            torch.ones(1, len(states_NE), dtype=torch.bool),
+            terms=TERMS[self._divergence],
+            num_loss_tokens=len(states_NE),
             temperature=self._temperature,
         )
 

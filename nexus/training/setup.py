@@ -91,6 +91,7 @@ def build_loop(
         top_k=distill.top_k,
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
+        divergence=distill.divergence,
         transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         head_of=None if source is None else lambda teacher: source.head(teacher),
     )

@@ -24,7 +24,7 @@ from nexus.student.memory import NexusStudent
 from nexus.towers.health import FingerprintChangedError, RowCountError
 from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead
 from nexus.training.batches import Assignment
-from nexus.training.divergence import forward_kl
+from nexus.training.divergence import distill_divergence, forward_kl
 from nexus.training.facts import TeacherFactsFile, TokenTransport
 from nexus.training.objective import (
     DistillationObjective,
@@ -182,6 +182,37 @@ def test_every_transport_teaches_the_same_distribution(spec, tokenizer, extra):
     )
     # 20,000 draws of numbers of size 1 to 10.
     assert float(found["sampled"][0]) == pytest.approx(float(reference), rel=0.05)
+
+
+@pytest.mark.parametrize("divergence", ["mix", "forward_kl"])
+def test_a_wide_head_computes_its_logits_twice_and_gives_the_same(spec, tokenizer, divergence, monkeypatch):
+    """Also: the divergence is the configured one in every transport that has it."""
+    teacher = facts("same", critical_layers=())
+    rows = text_rows()
+    whole = token_targets(teacher, rows, tokenizer, top_k=len(tokenizer))
+    count = len(whole.tokens.token_ids_N)
+    head, states = torch.randn(len(tokenizer), WIDTH), torch.randn(count, WIDTH)
+    kept = (states @ head.T / 2.0).log_softmax(-1).topk(len(tokenizer))
+    scored = (whole.tokens.offsets_B1, whole.tokens.token_ids_N)
+    hidden = replace(whole, tokens=HiddenTargets(*scored, states.numpy()))
+    ids = replace(whole.tokens, ids_NK=kept.indices.int().numpy(), logprobs_NK=kept.values.numpy())
+    objective = _objective(
+        spec,
+        tokenizer,
+        [teacher],
+        divergence=divergence,
+        head_of=lambda _name: TeacherHead(head.numpy(), None, None),
+    )
+    losses = [objective.teacher_loss(Assignment("same", "math"), rows, hidden).kd]
+    monkeypatch.setattr("nexus.training.objective.ONE_PASS_HEAD_BYTES", 0)
+    losses.append(objective.teacher_loss(Assignment("same", "math"), rows, hidden).kd)
+    losses.append(objective.teacher_loss(Assignment("same", "math"), rows, replace(whole, tokens=ids)).kd)
+    student = objective._forward(rows, [row.completion for row in rows]).scored_logits_NV
+    function = forward_kl if divergence == "forward_kl" else distill_divergence
+    setting = {"num_loss_tokens": count, "temperature": 2.0}
+    losses.append(4 * function(student[None], (states @ head.T)[None], torch.ones(1, count), **setting))
+    for loss in losses[:-1]:
+        assert float(loss.detach()) == pytest.approx(float(losses[-1].detach()), rel=1e-4)
 
 
 def test_a_bfloat16_head_is_used_as_the_teacher_does(spec, tokenizer):
