@@ -323,14 +323,33 @@ class TeacherPool:
         assert self._sleep is not None
         self.swaps += 1
         self._awake.pop(teacher)
-        for handle in self._lanes[teacher].handles.values():
+        for replica, handle in self._lanes[teacher].handles.items():
             try:
                 kept = ray.get(handle.sleep.remote(), timeout=SLEEP_TIMEOUT_S)
             except (GetTimeoutError, RayActorError):
                 kept = None
             if kept is None or kept > self._sleep.max_kept_bytes:
+                self._restart(teacher, replica)
+
+    def _restart(self, teacher: str, replica: int) -> None:
+        """End an actor's process and wait for the next one: calls to an actor that is restarting would count as its failures."""
+        before = self._incarnation(teacher, replica)
+        ray.kill(self._lanes[teacher].handles[replica], no_restart=False)
+        limit = time.monotonic() + SLEEP_TIMEOUT_S
+        while time.monotonic() < limit:
+            if self._check:
+                self._check()
+            if self._incarnation(teacher, replica) not in (None, before):
                 logger.info("teacher %s: process restarted to give back its memory", teacher)
-                ray.kill(handle, no_restart=False)
+                return
+            time.sleep(POLL_S)
+
+    def _incarnation(self, teacher: str, replica: int) -> str | None:
+        """None while it does not answer."""
+        try:
+            return self.health(teacher, replica=replica).incarnation
+        except TeacherUnavailableError:
+            return None
 
     def _look_who_is_awake(self) -> None:
         found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -56,10 +57,14 @@ def engine(reasoning_spec):
     return TeacherEngine(load_tower(reasoning_spec), teacher_id="sample-reasoning")
 
 
+def _expected(engine, number: int):
+    """What arrives: log-probabilities are rounded on their way."""
+    return unpack_targets(pack_targets(engine.score(_request(number)), vocabulary_size=engine.vocabulary_size))
+
+
 def test_the_actor_returns_what_the_engine_computes_in_process(pool, engine):
     pool.submit("one", "sample-reasoning", "score", _request(3))
-    packed = pack_targets(engine.score(_request(3)), vocabulary_size=engine.vocabulary_size)
-    assert unpack_targets(pool.collect("one")) == unpack_targets(packed)
+    assert unpack_targets(pool.collect("one")) == _expected(engine, 3)
 
 
 def test_results_are_kept_until_collected_in_any_order(pool, engine):
@@ -150,7 +155,7 @@ def test_a_killed_teacher_is_restarted_and_its_lost_batches_answered_alike(ray_c
         pool.submit(("k", number), "sample-reasoning", "score", _request(number))
     os.kill(before.pid, signal.SIGKILL)
     for number in range(5):
-        assert unpack_targets(pool.collect(("k", number))) == engine.score(_request(number))
+        assert unpack_targets(pool.collect(("k", number))) == _expected(engine, number)
     after = pool.health("sample-reasoning")
     assert after.incarnation != before.incarnation
 
@@ -179,8 +184,7 @@ def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memor
         for name in two_teachers:
             sleeping.submit((name, number), name, "score", _request(number))
     for number in (2, 0, 1):
-        packed = pack_targets(engine.score(_request(number)), vocabulary_size=engine.vocabulary_size)
-        expected = unpack_targets(packed)
+        expected = _expected(engine, number)
         for name in two_teachers:
             answer = unpack_targets(sleeping.collect((name, number)))
             assert dataclasses.replace(answer, teacher="sample-reasoning") == expected
