@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_environment, resolve_cluster
 from actors.memory import MemoryMeter
 from nexus.artifacts import read_artifact
-from nexus.config import Role, RunConfig
+from nexus.config import Role, RunConfig, TeacherConfig
 from nexus.errors import ConfigError, NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
@@ -74,9 +74,15 @@ class Session:
         dashboard: bool,
         reporter: Reporter,
         models_dir: Path | None = None,
+        teachers: Sequence[str] | None = None,
     ) -> None:
-        """Resolves `cluster` and claims `out`, but starts nothing."""
+        """Resolves `cluster` and claims `out`, but starts nothing; `teachers` are the ids of those to load, None for all.
+
+        Raises:
+            ConfigError: the run has no teacher of such an id.
+        """
         self.config = config
+        self.teachers = _chosen(config, teachers)
         self.reporter = reporter
         self.target: ClusterTarget = resolve_cluster(cluster)
         self.run = RunDirectory(out.resolve(), config)
@@ -155,18 +161,25 @@ class Session:
         return self._cluster
 
     @property
+    def has_all_teachers(self) -> bool:
+        """Whether no teacher of the run is left out."""
+        return self.teachers == self.config.teachers
+
+    @property
     def pool(self) -> TeacherPool:
-        """All teachers of the run, loaded."""
+        """The teachers, loaded."""
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
             from actors.pool import TeacherPool
 
             specs = self.specs
+            replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
+                replicas=replicas,
                 torch_threads=self.config.cluster.torch_threads,
-                num_gpus=self.gpu_share(len(specs) + 1),
+                num_gpus=self.gpu_share(sum(replicas.values()) + 1),
                 window=self.config.distill.window,
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,
@@ -177,6 +190,7 @@ class Session:
                 self.reporter.line(
                     f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
                     f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
+                    + (", from the quantised cache" if report.from_cache else "")
                 )
             logger.info("teachers loaded in %.1f s", time.perf_counter() - start)
         return self._pool
@@ -187,6 +201,15 @@ class Session:
         self.pool  # noqa: B018  # loads
         return self._reports
 
+    def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
+        """The teachers of `capability` that answer in text: language models, and encoders with label texts."""
+        roles, reports = self.roles, self.load_reports
+        return tuple(
+            teacher
+            for teacher in self.config.teachers_of(capability)
+            if roles[teacher.id] == "causal_lm" or reports[teacher.id].label_texts is not None
+        )
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each loaded teacher."""
@@ -194,7 +217,7 @@ class Session:
 
     @property
     def specs(self) -> list[TeacherSpec]:
-        """What each teacher is loaded from; absolute paths, because Ray's workers have another working directory.
+        """What each teacher to load is loaded from; absolute paths, because Ray's workers have another working directory.
 
         Raises:
             TowerLoadError: when a teacher's files are not on this machine.
@@ -202,15 +225,18 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
-        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
+        cache = self.config.cache
+        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.teachers]
         return [
             dataclasses.replace(
                 spec,
                 id=teacher.id,
                 path=str(Path(spec.path).absolute()),
                 base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
+                cache_dir=cache.dir,
+                cache_min_parameters=cache.min_parameters,
             )
-            for teacher, spec in zip(self.config.teachers, found, strict=True)
+            for teacher, spec in zip(self.teachers, found, strict=True)
         ]
 
     def check_inputs(self) -> None:
@@ -281,7 +307,7 @@ class Session:
             self._student = remote_student(self)
         return self._student
 
-    def stream(self, works: Sequence[TeacherWork], name: str) -> Iterator[TeacherAnswer]:
+    def stream(self, works: Sequence[TeacherWork], name: str) -> Generator[TeacherAnswer, None, None]:
         """The loaded teachers' answers to the works' rows (`actors.dataflow.stream_answers`); `name` is shown on Ray's dashboard.
 
         Signals are looked at before each answer is given out.
@@ -290,10 +316,10 @@ class Session:
 
         for answer in stream_answers(
             works,
+            pool=self.pool,
             quarantine_dir=self.run.path / "quarantine",
             max_bad_share=self.config.quarantine.max_bad_share,
             timeout_s=self.config.distill.target_timeout_s,
-            max_retries=self.config.distill.max_retries,
             name=name,
             check=self.check_signals,
         ):
@@ -349,3 +375,16 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
+
+
+def _chosen(config: RunConfig, ids: Sequence[str] | None) -> tuple[TeacherConfig, ...]:
+    """The teachers with these ids, in the order of the configuration."""
+    from nexus.towers.registry import nearest
+
+    known = tuple(teacher.id for teacher in config.teachers)
+    for name in ids or ():
+        if name not in known:
+            raise ConfigError(
+                f"Expected teachers of this run ({', '.join(known)}), found {name!r}{nearest(name, known)} Correct --teachers."
+            )
+    return tuple(teacher for teacher in config.teachers if ids is None or teacher.id in ids)

@@ -269,7 +269,7 @@ class TrainerActor:
     def _record(self, report: StepReport, loop: DistillationLoop, events: EventLog, metrics: TrainerMetrics) -> None:
         student = self._plan.student
         common = {"student": student, "step": report.step, "draw": report.draw}
-        numbers = {
+        numbers: dict[str, object] = {
             "losses": dict(report.losses),
             "kd": dict(report.kd),
             "anchor": dict(report.anchor),
@@ -278,8 +278,18 @@ class TrainerActor:
             "total": report.total,
             "grad_norm": report.grad_norm,
             "lr": report.learning_rate,
+            "tokens": dict(report.tokens),
             "wait_s": round(report.wait_s, 4),
         }
+        if report.excluded:
+            numbers["excluded"] = list(report.excluded)
+        if report.surgery is not None:
+            numbers["surgery"] = {
+                "cosines": report.surgery.cosines,
+                "factors": report.surgery.factors,
+                "conflicts": report.surgery.plan.conflicts,
+                "pareto_stationary": report.surgery.pareto_stationary,
+            }
         if report.action == "step":
             events.write({"kind": "step", **common, **numbers})
             metrics.stepped(total=report.total, losses=dict(report.losses), wait_s=report.wait_s)

@@ -200,12 +200,33 @@ def profile(
         float | None,
         typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
     ] = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option(
+            "--teachers",
+            metavar="ID,ID",
+            help="Only these; the stage is complete when all have been profiled. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Continue with what an unfinished command has measured, or measure anew."
+        ),
+    ] = True,
 ) -> None:
-    """Find the layers of each teacher that carry its capability."""
+    """Find the layers of each teacher that carry its capability.
+
+    Killed at any moment and typed again, it continues.
+    """
     settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
     extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
-    execute_stages(options, "profile")
+    chosen = None if teachers is None else tuple(name.strip() for name in teachers.split(",") if name.strip())
+    if chosen == ():
+        raise UserError(f"Expected --teachers ID,ID, found {teachers!r}. Name at least one, or leave it out for all.")
+    execute_stages(options, "profile", teachers=chosen, resume=resume)
 
 
 @app.command()
@@ -376,6 +397,40 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4x24GiB",
+            help="The cluster: NxSIZE, + within a node, a comma between nodes, a node's memory behind /. Default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    every_teacher: Annotated[
+        bool, typer.Option("--all", help="Plan for every teacher of the registry instead of the run's own.")
+    ] = False,
+    models_dir: ModelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where each teacher would live, at what cost.
+
+    Starts nothing: sizes come from the headers of checkpoints on this machine, else from the registry.
+    """
+    from jobs.execute import load_run_config
+    from jobs.plan import plan_document, plan_run, render_plan
+
+    found, path, note = load_run_config(config, tuple(overrides or ()))
+    result = plan_run(found, gpus=gpus, models_dir=models_dir, every_teacher=every_teacher)
+    if as_json:
+        _print_json(plan_document(result))
+        return
+    typer.echo(f"configuration {path}{note}")
+    typer.echo(render_plan(result))
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("nexus.yaml"),
     teacher: Annotated[
@@ -467,6 +522,14 @@ def teachers_check(
         str | None, typer.Option("--teachers", metavar="ID,ID", help="Only these. Default: all.", show_default=False)
     ] = None,
     models_dir: ModelsOption = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --tiny: leave the tiny checkpoints in DIR, for a run with --models-dir DIR.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
     ] = False,
@@ -479,8 +542,10 @@ def teachers_check(
 
     if tiny and models_dir is not None:
         raise UserError("Expected --models-dir without --tiny, which reads no checkpoints, found both. Leave one out.")
+    if keep is not None and not tiny:
+        raise UserError("Expected --keep beside --tiny, which builds the checkpoints, found it alone. Add --tiny.")
     rows = []
-    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir):
+    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir, keep=keep):
         rows.append(row)
         if not as_json:
             typer.echo(render_check(row))

@@ -56,8 +56,14 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    replicas: int = Field(1, gt=0, le=64)
+    """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
     transport: Transport | None = None
     """How this language model's token distributions travel; None takes `distill.transport`."""
+    start_step: int = Field(0, ge=0)
+    """First optimizer step that this teacher takes part in."""
+    ramp_steps: int = Field(0, ge=0)
+    """Steps over which its importance then rises from 0."""
 
 
 class RegistryTeacher(_TeacherBase):
@@ -200,12 +206,17 @@ class SurgerySection(ConfigSection):
 
     method: Literal["none", "upgrad", "pcgrad"] = "none"
     every: int = Field(10, gt=0)
-    """Steps between two surgeries."""
+    """Steps from one surgery to the next; those between use its weights."""
+    subset: Literal["adapters_and_trunk", "adapters", "trunk"] = "adapters_and_trunk"
+    """Parameters whose gradients are projected; the maps to the teachers' spaces, which each belong to one teacher, never are."""
 
     @model_validator(mode="after")
-    def _every_needs_a_method(self) -> SurgerySection:
-        if self.method == "none" and "every" in self.model_fields_set:
-            raise ValueError("every has no effect while method is none; remove it or choose upgrad or pcgrad")
+    def _settings_need_a_method(self) -> SurgerySection:
+        if self.method == "none":
+            chosen = ["every"] if "every" in self.model_fields_set else []
+            chosen += ["subset"] if self.subset != "adapters_and_trunk" else []
+            if chosen:
+                raise ValueError(f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad")
         return self
 
 
@@ -216,7 +227,13 @@ class DistillConfig(ConfigSection):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
     learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
     warmup_steps: int = Field(20, ge=0)
+    final_rate: float = Field(0.02, ge=0, le=1)
+    """Of the peak, at the last step: a short run gains most of its accuracy while the rate falls."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Of all steps: the fall of the schedule wsd."""
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
@@ -250,6 +267,10 @@ class DistillConfig(ConfigSection):
     max_retries: int = Field(3, ge=0)
     """Repeats of one batch after a teacher died or timed out."""
     checkpoint_every: int = Field(100, gt=0)
+    accumulate: int = Field(1, gt=0)
+    """Draws of `batch_size` rows that make one optimizer step, one in memory at a time; the step equals that of the larger batch."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights that is evaluated and exported in place of the last ones; None keeps the last ones."""
     variance: VarianceSection = VarianceSection()
     surgery: SurgerySection = SurgerySection()
     recovery: RecoverySection = RecoverySection()
@@ -302,6 +323,21 @@ class ClusterConfig(ConfigSection):
     """Threads of each actor's tensor operations."""
 
 
+class CacheConfig(ConfigSection):
+    """Quantised weights of teachers, kept on each node for the next load."""
+
+    dir: str | None = "~/.cache/nexus/nf4"
+    """Folder; `~` is the home of whoever loads the teacher. null keeps nothing."""
+    min_parameters: int = Field(50_000_000, ge=0)
+    """Smaller teachers are quantised anew at every load, which takes them a few seconds."""
+
+    @model_validator(mode="after")
+    def _limit_needs_a_folder(self) -> CacheConfig:
+        if self.dir is None and "min_parameters" in self.model_fields_set:
+            raise ValueError("min_parameters has no effect while dir is null; remove it or name a folder")
+        return self
+
+
 class RunConfig(ConfigSection):
     """One run, from Parquet to report."""
 
@@ -317,6 +353,7 @@ class RunConfig(ConfigSection):
     router: RouterConfig = RouterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> RunConfig:
@@ -436,6 +473,8 @@ def dump_config(config: RunConfig) -> str:
     if config.distill.surgery.method == "none":
         # `every` has no effect then, and a setting without effect is refused when read back.
         document["distill"]["surgery"].pop("every")
+    if config.cache.dir is None:
+        document["cache"].pop("min_parameters")
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -119,7 +120,23 @@ class RunDirectory:
         summary: Mapping[str, float | int | str],
     ) -> StageRecord:
         """Write the stage's record: the last thing that a stage does."""
-        record = StageRecord(
+        record = self.describe(
+            stage, seconds=seconds, peak_memory_gib=peak_memory_gib, outputs=outputs, summary=summary
+        )
+        write_artifact(self.path / "stages" / f"{stage}.json", record)
+        return record
+
+    def describe(
+        self,
+        stage: str,
+        *,
+        seconds: float,
+        peak_memory_gib: float,
+        outputs: Sequence[Path],
+        summary: Mapping[str, float | int | str],
+    ) -> StageRecord:
+        """The record of a stage, not written: of one that is not complete."""
+        return StageRecord(
             stage=stage,
             fingerprint=self.config.fingerprint(),
             seconds=round(seconds, 2),
@@ -127,8 +144,6 @@ class RunDirectory:
             outputs={str(path.relative_to(self.path)): sha256_of(path) for path in outputs},
             summary=dict(summary),
         )
-        write_artifact(self.path / "stages" / f"{stage}.json", record)
-        return record
 
     def reset(self, stage: str) -> None:
         """Forget that a stage was complete."""
@@ -146,6 +161,20 @@ class EventLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+    def taught_tokens(self, student: str) -> dict[str, int]:
+        """Tokens of each teacher in the steps of `student`; teachers that no step names are left out."""
+        tokens: Counter[str] = Counter()
+        if self._path.is_file():
+            with self._path.open() as lines:
+                for line in lines:
+                    try:
+                        event = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # half a line of a killed process
+                    if event.get("student") == student and event["kind"] == "step":
+                        tokens.update(event.get("tokens", {}))
+        return dict(tokens)
 
     def truncate_steps(self, student: str, step: int) -> None:
         """Drop the step events of `student` at or after `step`: a resumed run trains them again."""

@@ -12,13 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ProfileBatch:
-    """Tokenised samples: prompt and answer, padded on either side."""
+    """Tokenised samples: prompt and answer, padded on either side; of an encoder-decoder what its decoder writes."""
 
     sample_ids: Sequence[str]
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
     loss_mask_BT: Tensor
     """True at the *target tokens* to score (the answer); position 0 is never scored."""
+    inputs: Mapping[str, Tensor] | None = None
+    """What the model is given beside the ids, each with the batch in front: what the encoder of an encoder-decoder reads, or media."""
 
     @property
     def num_rows(self) -> int:
@@ -53,7 +55,13 @@ def rows_of(batch: AnyProfileBatch, rows: slice) -> AnyProfileBatch:
         return EncoderProfileBatch(sample_ids, inputs, None if batch.labels_B is None else batch.labels_B[rows])
     columns = batch.attention_mask_BT[rows].any(dim=0).nonzero()[:, 0]
     used = (rows, slice(int(columns[0]), int(columns[-1]) + 1))
-    return ProfileBatch(sample_ids, batch.input_ids_BT[used], batch.attention_mask_BT[used], batch.loss_mask_BT[used])
+    return ProfileBatch(
+        sample_ids,
+        batch.input_ids_BT[used],
+        batch.attention_mask_BT[used],
+        batch.loss_mask_BT[used],
+        None if batch.inputs is None else {name: tensor[rows] for name, tensor in batch.inputs.items()},
+    )
 
 
 def split_at(batch: AnyProfileBatch, count: int) -> tuple[AnyProfileBatch, AnyProfileBatch]:
@@ -62,36 +70,31 @@ def split_at(batch: AnyProfileBatch, count: int) -> tuple[AnyProfileBatch, AnyPr
 
 
 def concatenate_rows(batches: Sequence[AnyProfileBatch]) -> list[AnyProfileBatch]:
-    """Return the rows of all batches in as few batches as their shapes allow: one of text, padded on the left, and one of each shape
-    of encoder inputs."""
-    texts = [batch for batch in batches if isinstance(batch, ProfileBatch)]
-    joined: list[AnyProfileBatch] = []
-    if texts:
-        width = max(batch.input_ids_BT.shape[1] for batch in texts)
-
-        def stack(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.cat([F.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])
-
-        joined.append(
-            ProfileBatch(
-                [sample_id for batch in texts for sample_id in batch.sample_ids],
-                stack([batch.input_ids_BT for batch in texts]),
-                stack([batch.attention_mask_BT for batch in texts]),
-                stack([batch.loss_mask_BT for batch in texts]),
-            )
-        )
-    groups: dict[tuple[object, ...], list[EncoderProfileBatch]] = {}
+    """Return the rows of all batches in as few batches as their shapes allow: text, padded on the left, and inputs of one shape."""
+    groups: dict[tuple[object, ...], list[AnyProfileBatch]] = {}
     for batch in batches:
-        if isinstance(batch, EncoderProfileBatch):
-            shapes = tuple((name, tuple(tensor.shape[1:])) for name, tensor in batch.inputs.items())
-            groups.setdefault((shapes, batch.labels_B is None), []).append(batch)
-    for members in groups.values():
-        labels = [batch.labels_B for batch in members if batch.labels_B is not None]
-        joined.append(
-            EncoderProfileBatch(
-                [sample_id for batch in members for sample_id in batch.sample_ids],
-                {name: torch.cat([batch.inputs[name] for batch in members]) for name in members[0].inputs},
-                torch.cat(labels) if labels else None,
-            )
-        )
-    return joined
+        shapes = tuple((name, tuple(tensor.shape[1:])) for name, tensor in (batch.inputs or {}).items())
+        is_labelled = isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None
+        groups.setdefault((type(batch).__name__, shapes, is_labelled), []).append(batch)
+    return [_concatenated(members) for members in groups.values()]
+
+
+def _concatenated(members: Sequence[AnyProfileBatch]) -> AnyProfileBatch:
+    sample_ids = [sample_id for batch in members for sample_id in batch.sample_ids]
+    inputs = {name: torch.cat([(batch.inputs or {})[name] for batch in members]) for name in members[0].inputs or {}}
+    texts = [batch for batch in members if isinstance(batch, ProfileBatch)]
+    if not texts:
+        labels = [batch.labels_B for batch in members if isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None]
+        return EncoderProfileBatch(sample_ids, inputs, torch.cat(labels) if labels else None)
+    width = max(batch.input_ids_BT.shape[1] for batch in texts)
+
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])
+
+    return ProfileBatch(
+        sample_ids,
+        stack([batch.input_ids_BT for batch in texts]),
+        stack([batch.attention_mask_BT for batch in texts]),
+        stack([batch.loss_mask_BT for batch in texts]),
+        inputs or None,
+    )

@@ -28,6 +28,7 @@ from nexus.artifacts import (
 )
 from nexus.errors import ProfilingError
 from nexus.profiling.activation import ActivationMoments, MeanUpdate
+from nexus.profiling.layers import Side
 from nexus.profiling.probe import LinearProbe, ProbeStatistics
 from nexus.profiling.spectral import (
     Comoment,
@@ -74,6 +75,11 @@ class BatchMeasurement:
     updates_L: tuple[MeanUpdate, ...]
     probe: ProbeStatistics | None
     """Of an encoder's pooled embeddings, where there are labels."""
+    side: Side | None = None
+    path: str | None = None
+    """Where the layers are (`BlockStack`)."""
+    encoder: BatchMeasurement | None = None
+    """Of an encoder-decoder, whose decoder's layers these are: what its encoder's layers do on the same samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +101,8 @@ class ConfirmationPlan:
     probe: LinearProbe | None
     seed: int
     """Of the noise."""
+    encoder: ConfirmationPlan | None = None
+    """Of an encoder-decoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +119,8 @@ class ConfirmationMeasurement:
     """bool; whether the linear probe names the label, each layer skipped in turn."""
     generated_correct_VB: np.ndarray | None
     """bool; whether the greedy completion holds the answer, each layer skipped in turn; None where verification is equivalent."""
+    encoder: ConfirmationMeasurement | None = None
+    """Of an encoder-decoder."""
 
 
 def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasurement:
@@ -121,20 +131,22 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
     """
     if not measurements:
         raise ProfilingError("Expected at least one measured batch, found none. Give the profiler samples.")
-    kinds = {(m.metric, m.strategy, len(m.delta_LB), m.correct_VB is None and m.probe is None) for m in measurements}
+    kinds = {(m.metric, len(m.delta_LB), m.correct_VB is None and m.probe is None, m.path or "") for m in measurements}
     if len(kinds) > 1:
         raise ProfilingError(
-            "Expected measurements of one model by one metric and strategy, all with labels or none, found (metric, strategy, "
-            f"layers, unlabelled) of {sorted(kinds)}. Measure again with one profiler."
+            "Expected measurements of one model by one metric, all with labels or none, found (metric, layers, unlabelled, path) of "
+            f"{sorted(kinds)}. Measure again with one profiler."
         )
     # Floating-point sums depend on their order: ids fix it, and the values fix it where ids repeat.
     ordered = sorted(measurements, key=lambda m: (m.sample_ids, m.delta_LB.tolist()))
     first = ordered[0]
+    encoders = [m.encoder for m in ordered if m.encoder is not None]
     sample_ids = [sample_id for m in ordered for sample_id in m.sample_ids]
     by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
     return BatchMeasurement(
         metric=first.metric,
-        strategy=first.strategy,
+        # Strategies give equal results, and each batch has the one that is cheapest for its shape.
+        strategy="+".join(sorted({name for m in ordered for name in m.strategy.split("+")})),
         sample_ids=tuple(sample_ids[index] for index in by_id),
         token_counts_B=np.concatenate([m.token_counts_B for m in ordered])[by_id],
         clean_nll_B=_concatenate([m.clean_nll_B for m in ordered], by_id),
@@ -150,6 +162,9 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
         ),
         updates_L=tuple(reduce(MeanUpdate.merge, parts) for parts in zip(*(m.updates_L for m in ordered), strict=True)),
         probe=_merged_probe([m.probe for m in ordered]),
+        side=first.side,
+        path=first.path,
+        encoder=merge_measurements(encoders) if encoders else None,
     )
 
 
@@ -162,6 +177,7 @@ def plan_confirmation(merged: BatchMeasurement, *, seed: int) -> ConfirmationPla
         subspaces=tuple(merged.comoments_L[layer].subspace() for layer in critical),
         probe=None if merged.probe is None else merged.probe.fit(),
         seed=seed,
+        encoder=None if merged.encoder is None else plan_confirmation(merged.encoder, seed=seed),
     )
 
 
@@ -169,6 +185,7 @@ def merge_confirmations(parts: Sequence[ConfirmationMeasurement]) -> Confirmatio
     """Return one measurement of all samples, at least one, sorted by sample id whatever the order given."""
     sample_ids = [sample_id for part in parts for sample_id in part.sample_ids]
     by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
+    encoders = [part.encoder for part in parts if part.encoder is not None]
 
     def effects(chosen: Sequence[Effects]) -> Effects:
         return Effects(
@@ -184,6 +201,7 @@ def merge_confirmations(parts: Sequence[ConfirmationMeasurement]) -> Confirmatio
         reconstruction=effects([part.reconstruction for part in parts]),
         probe_correct_VB=_concatenate([part.probe_correct_VB for part in parts], by_id),
         generated_correct_VB=_concatenate([part.generated_correct_VB for part in parts], by_id),
+        encoder=merge_confirmations(encoders) if encoders else None,
     )
 
 
@@ -318,16 +336,40 @@ def consolidate(
         capabilities={name: layer_effects(merge_measurements(parts)) for name, parts in capabilities.items()}
         if capabilities is not None and len(capabilities) > 1
         else {},
+        side=merged.side,
+        path=merged.path,
+        encoder=None
+        if merged.encoder is None
+        else consolidate(
+            [merged.encoder],
+            teacher=teacher,
+            revision=revision,
+            seconds=seconds,
+            seed=seed,
+            num_resamples=num_resamples,
+            partial=partial,
+            confirmations=[c.encoder for c in confirmations if c.encoder is not None],
+            capabilities=None
+            if capabilities is None
+            else {name: [m.encoder for m in parts if m.encoder is not None] for name, parts in capabilities.items()},
+            stopped_early=stopped_early,
+            tensors=tensors,
+        ),
     )
 
 
 def write_tensors(path: Path, merged: BatchMeasurement, plan: ConfirmationPlan) -> None:
     """Write the critical layers' statistics as safetensors, atomically: for each `layers.<index>.` `mean`, `variance`, `kurtosis`,
-    `abs_max`, `importance_mask` [D], `pca_basis` [K, D] (orthonormal rows), `pca_mean` and `eigenvalues` [D].
+    `abs_max`, `importance_mask` [D], `pca_basis` [K, D] (orthonormal rows), `pca_mean` and `eigenvalues` [D]. The encoder's of an
+    encoder-decoder are under `encoder.layers.<index>.`.
 
     Raises:
         ArtifactError: when the disk refuses.
     """
+    write_bytes_atomically(path, save(_tensors_of(merged, plan)))
+
+
+def _tensors_of(merged: BatchMeasurement, plan: ConfirmationPlan) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for layer, subspace in zip(plan.critical_layers, plan.subspaces, strict=True):
         arrays = {
@@ -338,7 +380,9 @@ def write_tensors(path: Path, merged: BatchMeasurement, plan: ConfirmationPlan) 
         }
         # safetensors writes the memory as it lies: a view in another order would come back transposed.
         tensors |= {f"layers.{layer}.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_bytes_atomically(path, save(tensors))
+    if merged.encoder is not None and plan.encoder is not None:
+        tensors |= {f"encoder.{name}": array for name, array in _tensors_of(merged.encoder, plan.encoder).items()}
+    return tensors
 
 
 def _critical_layers(merged: BatchMeasurement, *, seed: int, num_resamples: int) -> list[tuple[int, float]]:

@@ -8,19 +8,23 @@ leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablation
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from nexus.errors import ProfilingError
 from nexus.profiling.caches import with_room
+from nexus.profiling.inputs import ModelInputs
 from nexus.profiling.layers import BlockCall, BlockStack, Rows
 from nexus.profiling.perturbation import language_model_head, run_and_skip, stacked_rows
+
+
+class NotStackableError(ProfilingError):
+    """A model whose ablations cannot share one decode; one decode per ablation gives the same."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +46,21 @@ def stop_tokens(model: PreTrainedModel) -> StopTokens:
     return StopTokens(eos_ids, eos_ids[0] if eos_ids else 0)
 
 
-def position_ids_of(attention_mask_BT: Tensor) -> Tensor:
-    """Return each token's position among the real tokens of its row, as `generate` counts it."""
-    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def text_inputs(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
-    """Return the arguments of a forward over left- or right-padded text, positions counted from each row's first real token."""
-    inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
-    if accepts_position_ids(model):
-        inputs["position_ids"] = position_ids_of(attention_mask_BT)
-    return inputs
-
-
-def accepts_position_ids(model: PreTrainedModel) -> bool:
-    """Return whether the model's forward can be told the positions (otherwise it derives them itself)."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 class GreedyDecode:
     """One greedy decode: the loop that the brute and the stacked strategy share."""
 
-    def __init__(self, model: PreTrainedModel, attention_mask_BT: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: ModelInputs) -> None:
         self.model = model
-        self.mask_RT = attention_mask_BT
+        self.inputs = inputs
+        self.mask_RT = inputs.attention_mask_BT
         self.cache: Cache
 
-    def prefill(self, input_ids_BT: Tensor, num_variants: int) -> Tensor:
+    @property
+    def past(self) -> Cache:
+        """What the blocks remember of the tokens, one entry per block."""
+        return self.cache.self_attention_cache if isinstance(self.cache, EncoderDecoderCache) else self.cache
+
+    def prefill(self, num_variants: int) -> Tensor:
         """Run the prompt; return the logits [variants * B, V] that follow it."""
 
         def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -76,7 +68,7 @@ class GreedyDecode:
 
         hook = language_model_head(self.model).register_forward_pre_hook(keep_last)
         try:
-            output = self.model(**text_inputs(self.model, input_ids_BT, self.mask_RT), use_cache=True)
+            output = self.model(**self.inputs.prompt(num_variants, use_cache=True))
         finally:
             hook.remove()
         cache = getattr(output, "past_key_values", None)
@@ -93,32 +85,25 @@ class GreedyDecode:
     def step(self, token_ids_R: Tensor) -> Tensor:
         """Append one token per row; return the next logits [R, V]."""
         self.mask_RT = torch.cat([self.mask_RT, self.mask_RT.new_ones(len(self.mask_RT), 1)], dim=1)
-        inputs = {"input_ids": token_ids_R[:, None], "attention_mask": self.mask_RT}
-        if accepts_position_ids(self.model):
-            inputs["position_ids"] = position_ids_of(self.mask_RT)[:, -1:]
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
+        output = self.model(**self.inputs.step(token_ids_R, self.mask_RT), past_key_values=self.cache)
         logits: Tensor = output.logits[:, -1]
         return logits
 
 
 def brute_generations(
-    model: PreTrainedModel,
-    stack: BlockStack,
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    max_new_tokens: int,
-    stop: StopTokens,
+    model: PreTrainedModel, stack: BlockStack, inputs: ModelInputs, max_new_tokens: int, stop: StopTokens
 ) -> Tensor:
     """Return int64 [L+1, B, A] by one decode per ablation: the reference for `stacked_generations`."""
+    input_ids_BT = inputs.input_ids_BT
     eos_E = torch.tensor(stop.eos_ids, device=input_ids_BT.device)
     generations, first_logits = [], []
     for skipped in (None, *range(len(stack))):
         next_B = input_ids_BT[:, -1]
         tokens_BA = input_ids_BT.new_full((len(input_ids_BT), max_new_tokens), stop.pad_id)
         alive_B = torch.ones(len(input_ids_BT), dtype=torch.bool, device=input_ids_BT.device)
-        decode = GreedyDecode(model, attention_mask_BT)
+        decode = GreedyDecode(model, inputs)
         with stack.intercept(run_and_skip(skipped)) as calls:
-            logits = decode.prefill(input_ids_BT, 1)
+            logits = decode.prefill(1)
             stack.require_called_once(calls)
             first_logits.append(logits)
             for step in range(max_new_tokens):
@@ -134,22 +119,18 @@ def brute_generations(
 
 
 def stacked_generations(
-    model: PreTrainedModel,
-    stack: BlockStack,
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    max_new_tokens: int,
-    stop: StopTokens,
+    model: PreTrainedModel, stack: BlockStack, inputs: ModelInputs, max_new_tokens: int, stop: StopTokens
 ) -> Tensor:
     """Return int64 [L+1, B, A]: greedy tokens of the clean model (row 0) and with block i the identity (row i+1).
 
     Raises:
-        ProfilingError: no ablation changes the first logits, these are NaN, or the model keeps no cache of one entry per block.
+        NotStackableError: the model keeps no cache of one entry per block.
+        ProfilingError: no ablation changes the first logits, or these are NaN.
     """
-    num_variants, batch_size, device = len(stack) + 1, len(input_ids_BT), input_ids_BT.device
+    num_variants, batch_size, device = len(stack) + 1, len(inputs.input_ids_BT), inputs.input_ids_BT.device
     eos_E = torch.tensor(stop.eos_ids)
     tokens_RA = torch.full((num_variants * batch_size, max_new_tokens), stop.pad_id)
-    decode = GreedyDecode(model, attention_mask_BT)
+    decode = GreedyDecode(model, inputs)
 
     def sweep_prompt(call: BlockCall) -> Tensor:
         live = call.index + 1
@@ -157,18 +138,21 @@ def stacked_generations(
         return torch.cat([output, call.hidden_RTD[:batch_size]])
 
     with stack.intercept(sweep_prompt) as calls:
-        logits = decode.prefill(input_ids_BT, num_variants)
+        logits = decode.prefill(num_variants)
     stack.require_called_once(calls)
     stack.require_effect(logits.view(num_variants, batch_size, -1))
-    cache_layers: list[Any] = list(decode.cache.layers)
+    if stack.side == "encoder":
+        return _decode_apart(decode, logits, tokens_RA, stack, eos_E).view(num_variants, batch_size, -1).to(device)
+    cache_layers: list[Any] = list(decode.past.layers)
     if len(cache_layers) != len(stack):
-        raise ProfilingError(
+        raise NotStackableError(
             f"Expected a cache entry for each of the {len(stack)} blocks at '{stack.path}', found {len(cache_layers)}: ablations "
             "cannot be stacked in this model. Use strategy='brute'."
         )
 
     live = _LiveRows(len(stack), batch_size)
-    decode.cache.layers = [with_room(layer, live.num_rows - batch_size, max_new_tokens - 1) for layer in cache_layers]
+    decode.past.layers = [with_room(layer, live.num_rows - batch_size, max_new_tokens - 1) for layer in cache_layers]
+    inputs.rows_are((live.id_R % batch_size).to(device))
     next_R, alive_R = live.id_R, torch.ones(live.num_rows, dtype=torch.bool)
     present, born = live.of_blocks(device)
 
@@ -192,13 +176,36 @@ def stacked_generations(
             change = live.advance(next_R, alive_R)
             if change is not None:
                 keep_R, entries = change
-                layers: list[Any] = decode.cache.layers
+                layers: list[Any] = decode.past.layers
                 for layer, entries_S in zip(layers, entries, strict=True):
                     layer.reorder_cache(entries_S.to(device))
                 decode.mask_RT = decode.mask_RT[keep_R.to(device)]
+                inputs.rows_are((live.id_R % batch_size).to(device))
                 next_R, alive_R = next_R[keep_R], alive_R[keep_R]
                 present, born = live.of_blocks(device)
     return tokens_RA.view(num_variants, batch_size, max_new_tokens).to(device)
+
+
+def _decode_apart(
+    decode: GreedyDecode, logits_RV: Tensor, tokens_RA: Tensor, stack: BlockStack, eos_E: Tensor
+) -> Tensor:
+    """Fill in and return the tokens [R, A] of rows that share nothing: each ablation of an encoder is heard differently."""
+    batch_size, device = len(decode.inputs.input_ids_BT), logits_RV.device
+    id_R = torch.arange(len(tokens_RA))
+    for step in range(tokens_RA.shape[1]):
+        next_R = _greedy(logits_RV, stack)
+        tokens_RA[id_R, step] = next_R
+        alive_R = ~torch.isin(next_R, eos_E)
+        if step + 1 == tokens_RA.shape[1] or not alive_R.any():
+            break
+        if not alive_R.all():
+            keep_R = alive_R.nonzero()[:, 0].to(device)
+            id_R, next_R = id_R[alive_R], next_R[alive_R]
+            decode.cache.reorder_cache(keep_R)
+            decode.mask_RT = decode.mask_RT[keep_R]
+            decode.inputs.rows_are((id_R % batch_size).to(device))
+        logits_RV = decode.step(next_R.to(device))
+    return tokens_RA
 
 
 class _LiveRows:

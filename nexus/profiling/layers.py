@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nexus.errors import ProfilingError
+from nexus.profiling.crossattention import SharedCrossCache
 
 # Where a block's side inputs keep the batch when it is not in front: multi-axis rotary embeddings put their sections before it.
 _BATCH_DIMS = {"position_ids": (-2,), "position_embeddings": (-3, 0)}
+
+
+Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class BlockCall:
     def run(self, hidden_RTD: Tensor, rows: Rows | None = None) -> Tensor:
         """Return the block's hidden output for `hidden_RTD`; without `rows`, side inputs are passed as the model made them."""
         args, kwargs = self._args, self._kwargs
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, EncoderDecoderCache) and isinstance(value.cross_attention_cache, SharedCrossCache):
+                value.cross_attention_cache.read_by(None if rows is None else rows.index_R)
         if rows is not None:
             args = tuple(_select_rows("", value, rows) for value in args)
             kwargs = {name: _select_rows(name, value, rows) for name, value in kwargs.items()}
@@ -65,8 +72,9 @@ BlockHandler = Callable[[BlockCall], Tensor]
 class BlockStack:
     """The ordered blocks of one decoder or encoder, and the dotted path under which its model holds them."""
 
-    def __init__(self, path: str, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, path: str, blocks: Sequence[nn.Module], side: Side = "decoder") -> None:
         self.path = path
+        self.side = side
         self.blocks = tuple(blocks)
         # Only blocks that return tuples need it: a skipped block repeats the extras of its last real call.
         self._extras: list[tuple[Any, ...] | None] = [None] * len(self.blocks)
@@ -168,7 +176,7 @@ def find_blocks(model: PreTrainedModel, layers: str | Sequence[nn.Module] | None
             ) from error
         if not isinstance(found, nn.ModuleList) or len(found) == 0:
             raise ProfilingError(f"Expected a list of blocks at layers='{layers}', found a {type(found).__name__}.")
-        return BlockStack(layers, list(found))
+        return _stack(model, layers, list(found))
     if layers is not None:
         path = _path_of(model, layers)
         if path is None:
@@ -176,18 +184,30 @@ def find_blocks(model: PreTrainedModel, layers: str | Sequence[nn.Module] | None
                 f"Expected layers= to be None, a dotted path or all modules of one list inside {_name(model)}, found something "
                 "else. Pass the whole list."
             )
-        return BlockStack(path, layers)
-    bases: tuple[nn.Module, ...] = (cast(Any, model).get_decoder(), cast(Any, model).get_encoder())
-    for base in bases:
-        candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
-        if candidates:
-            # max keeps the first of equals: the outermost list.
-            longest = max(candidates, key=len)
-            return BlockStack(str(_path_of(model, list(longest))), list(longest))
+        return _stack(model, path, layers)
+    for base in _sides(model):
+        blocks = _longest_list(base)
+        if blocks is not None:
+            return _stack(model, str(_path_of(model, blocks)), blocks)
     raise ProfilingError(
         f"Expected transformer blocks in the decoder or encoder of {_name(model)}, found no list of them. Pass their dotted "
         "path as layers=."
     )
+
+
+def find_stacks(model: PreTrainedModel) -> tuple[BlockStack, ...]:
+    """Return all block lists that are profiled, each on its own: the decoder's and then the encoder's of an encoder-decoder, one of
+    any other model.
+
+    Raises:
+        ProfilingError: as `find_blocks`.
+    """
+    first = find_blocks(model)
+    encoder = _sides(model)[1]
+    if not model.config.is_encoder_decoder or first.side == "encoder" or first.blocks[0] in encoder.modules():
+        return (first,)
+    blocks = _longest_list(encoder)
+    return (first,) if blocks is None else (first, _stack(model, str(_path_of(model, blocks)), blocks))
 
 
 @contextmanager
@@ -203,6 +223,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _sides(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder and the encoder; the model itself where it has no such part."""
+    return cast(Any, model).get_decoder(), cast(Any, model).get_encoder()
+
+
+def _stack(model: PreTrainedModel, path: str, blocks: Sequence[nn.Module]) -> BlockStack:
+    decoder, _ = _sides(model)
+    # A model that is no part of a larger one decodes if it writes.
+    is_decoder = model.can_generate() if decoder is model else blocks[0] in decoder.modules()
+    return BlockStack(path, blocks, "decoder" if is_decoder else "encoder")
+
+
+def _longest_list(base: nn.Module) -> list[nn.Module] | None:
+    candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
+    # max keeps the first of equals: the outermost list.
+    return list(max(candidates, key=len)) if candidates else None
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:
@@ -230,6 +268,11 @@ def _select_rows(name: str, value: Any, rows: Rows) -> Any:
         for dim in _BATCH_DIMS.get(name, (0,)):
             # One-dimensional tensors (cache positions) count time.
             if max(2, -dim) <= value.ndim and value.shape[dim] == rows.batch_size:
+                if value.stride(dim) == 0:
+                    # All rows are one, repeated without being copied, and stay so.
+                    shape = list(value.shape)
+                    shape[dim] = len(rows.index_R)
+                    return value.narrow(dim, 0, 1).expand(shape)
                 return value.index_select(dim, rows.index_R)
         return value
     if isinstance(value, (tuple, list)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,25 @@ from nexus.profiling.consolidation import (
     plan_confirmation,
     write_tensors,
 )
-from nexus.profiling.decoding import brute_generations, stacked_generations, stop_tokens, text_inputs
+from nexus.profiling.cost import (
+    CPU_TOKENS,
+    MACHINES,
+    DecodeStrategy,
+    Machine,
+    SweepStrategy,
+    Work,
+    cheapest,
+    decode_seconds,
+    sweep_seconds,
+)
+from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
+from nexus.profiling.inputs import ModelInputs, counts_from_the_left, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
-from nexus.profiling.layers import find_blocks, undisturbed
+from nexus.profiling.layers import find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
     Intervention,
     Observer,
     OutputReader,
-    SweepStrategy,
     TokenReader,
     kl_divergence,
     scorable_targets,
@@ -68,10 +79,6 @@ Part = TypeVar("Part")
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
 _WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
 
-# Tokens of all live rows together that keep a CPU busy in one forward of a block; more of them only take memory and fall out of its
-# caches.
-_CPU_TOKENS = 4096
-
 # Is shown the index of a block and the clean inputs and outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor, Tensor], None]
 # Makes the interventions on some rows, given their range in the batch and their mask [B, T], if any.
@@ -86,11 +93,13 @@ class NIWTProfiler:
     """Profiles every layer of one model; leaves it (weights, hooks, training flags, random state) as it found it.
 
     Args:
-        model: a transformers model; NF4 and other quantised weights are used as they are.
-        layers: the block list, its dotted path, or None to find it (`nexus.profiling.layers.find_blocks`).
-        strategy: "auto", or one that gives equal results at another cost. Scoring: "brute", "prefix" or "triangular";
-            generation: "brute" or "stacked". A strategy of the other kind stands for its nearest relative: "stacked" scores
-            triangularly, "prefix" and "triangular" generate stacked.
+        model: a transformers model; NF4 and other quantised weights are used as they are. The ids of an encoder-decoder are its
+            decoder's; what its encoder reads is given as `inputs`.
+        layers: the block list, its dotted path, or None to find it (`nexus.profiling.layers.find_blocks`). Where an encoder-decoder's
+            are found, profiles tell of its encoder's blocks too, apart (`find_stacks`).
+        strategy: "auto" (the cheapest by `nexus.profiling.cost`), or one that gives equal results at another cost. Scoring: "brute",
+            "prefix" or "triangular"; generation: "brute" or "stacked". A strategy of the other kind stands for its nearest
+            relative: "stacked" scores triangularly, "prefix" and "triangular" generate stacked.
         micro_batch_size: samples per forward; None chooses.
 
     Raises:
@@ -110,13 +119,28 @@ class NIWTProfiler:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"Expected micro_batch_size of at least 1 or None, found {micro_batch_size}.")
         self.model = model
-        self.stack = find_blocks(model, layers)
+        stacks = find_stacks(model) if layers is None else (find_blocks(model, layers),)
+        self.stack = stacks[0]
+        self._encoder = (
+            NIWTProfiler(model, layers=stacks[1].path, strategy=strategy, micro_batch_size=micro_batch_size)
+            if len(stacks) > 1
+            else None
+        )
         self.strategy = strategy
         self.micro_batch_size = micro_batch_size
         # Set when memory ran out.
         self._fitting_size: int | None = None
+        # Unset when a model turned out to keep its past in another way.
+        self._stacks_generations = True
 
-    def ablated_generations(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, max_new_tokens: int) -> Tensor:
+    def ablated_generations(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        max_new_tokens: int,
+        *,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return int64 [L+1, B, max_new_tokens]: greedy tokens of the clean model (row 0) and with layer i the identity (row i+1).
 
         Tokens are the argmax of the model's logits; a generation config's samplers and penalties do not apply. Positions after
@@ -125,6 +149,7 @@ class NIWTProfiler:
         Args:
             input_ids_BT: prompts, padded on the left.
             attention_mask_BT: 1 or True at real tokens.
+            inputs: of an encoder-decoder, what its encoder reads.
 
         Raises:
             ValueError: shapes differ, a prompt is padded on the right, or nothing is to be generated.
@@ -140,25 +165,57 @@ class NIWTProfiler:
                 f"Expected a model with a text decoder, found {type(self.model).__name__}, which cannot generate. Use profile() "
                 "with EncoderProfileBatch."
             )
-        generate = brute_generations if self._sweep_strategy(is_text=True) == "brute" else stacked_generations
+        if inputs and not self.model.config.is_encoder_decoder:
+            raise ProfilingError(
+                f"Expected text alone to generate from with {type(self.model).__name__}, found {', '.join(inputs)} beside it. Use "
+                "delta_nll, which takes media."
+            )
+        beside = _beside(inputs, len(input_ids_BT))
         stop = stop_tokens(self.model)
-        prompt_length = input_ids_BT.shape[1]
-        size = self._text_batch_size(
-            num_variants=1 if generate is brute_generations else len(self.stack) + 1,
-            num_columns=prompt_length,
-            num_logits=1,
-            num_cached=prompt_length + max_new_tokens,
+        batch_size, prompt_length = input_ids_BT.shape
+        strategies: tuple[DecodeStrategy, ...] = ("stacked", "brute") if self.strategy == "auto" else ("stacked",)
+        if self._sweep_strategies(is_text=True) == ("brute",) or not self._stacks_generations:
+            strategies = ("brute",)
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=1 if strategy == "brute" else len(self.stack) + 1,
+                num_columns=prompt_length,
+                num_logits=1,
+                num_cached=prompt_length + max_new_tokens,
+                num_heard=self._num_heard(beside),
+            )
+            for strategy in strategies
+        }
+        work = self._work(batch_size, prompt_length)
+        chosen = cheapest(
+            {name: decode_seconds(self._machine, work, name, max_new_tokens, size) for name, size in sizes.items()}
         )
 
         def run(_: slice, part: list[Tensor]) -> Tensor:
-            ids_BT, mask_BT = _without_padding(part)
-            return generate(self.model, self.stack, ids_BT, mask_BT, max_new_tokens, stop)
+            ids_BT, mask_BT = _without_padding(part[:2])
+            prompts = self._model_inputs(ids_BT, mask_BT, dict(zip(beside, part[2:], strict=True)))
+            if chosen == "stacked" and self._stacks_generations:
+                try:
+                    return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+                except NotStackableError as error:
+                    if self.strategy != "auto":
+                        raise
+                    self._stacks_generations = False
+                    logger.warning("%s Going on with one decode per ablation.", error)
+            return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT], run)
+            parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
-    def delta_nll(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    def delta_nll(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        loss_mask_BT: Tensor,
+        *,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return float32 [L]: the rise of the negative log-likelihood when layer i is skipped, nats per scored token.
 
         Scored tokens of the whole batch are pooled. Raises as `delta_nll_per_sample`, but lets rows without scored tokens pass
@@ -169,16 +226,25 @@ class NIWTProfiler:
         if not bool(has_targets_B.any()):
             raise ProfilingError("Expected loss_mask to mark target tokens, found none after position 0 of any row.")
         rows = has_targets_B.nonzero()[:, 0]
-        scores = self._score(input_ids_BT[rows], attention_mask_BT[rows], targets_BT[rows])
+        beside = {name: tensor[rows] for name, tensor in _beside(inputs, len(input_ids_BT)).items()}
+        scores = self._score(input_ids_BT[rows], attention_mask_BT[rows], targets_BT[rows], beside)
         return (scores.delta_LB.sum(dim=1) / scores.counts_B.sum()).float().to(input_ids_BT.device)
 
-    def delta_nll_per_sample(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    def delta_nll_per_sample(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        loss_mask_BT: Tensor,
+        *,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return float32 [L, B]: as `delta_nll`, per sample (its own scored tokens pooled).
 
         Args:
             input_ids_BT: prompts with their answers, padded on either side.
             attention_mask_BT: 1 or True at real tokens.
             loss_mask_BT: True at the target tokens to score. The first real token of a row is never scored: it has no context.
+            inputs: what the model is given beside its text, each with the batch in front.
 
         Raises:
             ValueError: shapes differ.
@@ -187,7 +253,7 @@ class NIWTProfiler:
         """
         targets_BT = self._targets(input_ids_BT, attention_mask_BT, loss_mask_BT)
         _require_scored(targets_BT, [f"row {row}" for row in range(len(input_ids_BT))])
-        scores = self._score(input_ids_BT, attention_mask_BT, targets_BT)
+        scores = self._score(input_ids_BT, attention_mask_BT, targets_BT, _beside(inputs, len(input_ids_BT)))
         return (scores.delta_LB / scores.counts_B).float().to(input_ids_BT.device)
 
     def measure(self, batch: ProfileBatch | EncoderProfileBatch) -> BatchMeasurement:
@@ -199,11 +265,13 @@ class NIWTProfiler:
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
+        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
+            return self._encoder.measure(batch)
         statistics = _LayerStatistics()
         scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
             metric=scores.metric,
-            strategy=self._sweep_strategy(is_text=isinstance(batch, ProfileBatch)),
+            strategy=scores.strategy,
             sample_ids=sample_ids,
             token_counts_B=scores.counts_B.numpy(),
             clean_nll_B=_numpy(scores.clean_nll_B),
@@ -215,6 +283,9 @@ class NIWTProfiler:
             comoments_L=tuple(statistics.comoments),
             updates_L=tuple(statistics.updates),
             probe=_probe_statistics(batch, scores),
+            side=self.stack.side,
+            path=self.stack.path,
+            encoder=None if self._encoder is None else self._encoder.measure(batch),
         )
 
     def confirm(self, batch: ProfileBatch | EncoderProfileBatch, plan: ConfirmationPlan) -> ConfirmationMeasurement:
@@ -223,6 +294,8 @@ class NIWTProfiler:
         Raises:
             ProfilingError: as `delta_nll_per_sample`, naming samples.
         """
+        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
+            return self._encoder.confirm(batch, plan)
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         num_layers = len(self.stack)
         # Only the probe needs to see the layers skipped once more.
@@ -262,6 +335,9 @@ class NIWTProfiler:
             reconstruction=effects(2 * num_layers, len(plan.critical_layers)),
             probe_correct_VB=probe_correct_VB,
             generated_correct_VB=None,
+            encoder=None
+            if self._encoder is None or plan.encoder is None
+            else self._encoder.confirm(batch, plan.encoder),
         )
 
     def profile(
@@ -337,7 +413,13 @@ class NIWTProfiler:
         targets_BT = self._targets(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
         _require_scored(targets_BT, sample_ids)
         return self._score(
-            batch.input_ids_BT, batch.attention_mask_BT, targets_BT, statistics, interventions, with_kl=True
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            targets_BT,
+            _beside(batch.inputs, batch.num_rows),
+            statistics,
+            interventions,
+            with_kl=True,
         )
 
     def _targets(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -349,41 +431,61 @@ class NIWTProfiler:
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor,
         targets_BT: Tensor,
+        beside: Mapping[str, Tensor],
         statistics: _LayerStatistics | None = None,
         interventions: InterventionsOf | None = None,
         *,
         with_kl: bool = False,
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=True)
-        num_interventions = len(self.stack) if interventions is None else len(interventions(slice(0, 0), None))
-        size = self._text_batch_size(
-            num_variants=num_interventions + 1 if strategy == "triangular" else 1,
-            num_columns=input_ids_BT.shape[1],
-            num_logits=int(targets_BT.sum(dim=1).max()),
-            num_cached=0,
+        swept = skip_each(self.stack) if interventions is None else interventions(slice(0, 0), None)
+        born_L = [sum(each.layer == layer for each in swept) for layer in range(len(self.stack))]
+        num_scored = int(targets_BT.sum(dim=1).max())
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=len(swept) + 1 if strategy == "triangular" else 1,
+                num_columns=input_ids_BT.shape[1],
+                num_logits=num_scored,
+                num_cached=0,
+                num_heard=self._num_heard(beside),
+                num_kept=len(self.stack) if strategy == "prefix" else 0,
+            )
+            for strategy in self._sweep_strategies(is_text=True, has_media=bool(beside))
+        }
+        work = self._work(len(input_ids_BT), input_ids_BT.shape[1])
+        chosen = cheapest(
+            {name: sweep_seconds(self._machine, work, name, born_L, size) for name, size in sizes.items()}
         )
 
         def run(rows: slice, part: list[Tensor]) -> Tensor:
-            ids_BT, mask_BT, chosen_BT = _without_padding(part)
+            ids_BT, mask_BT, chosen_BT = _without_padding(part[:3])
+            own = dict(zip(beside, part[3:], strict=True))
+            if counts_from_the_left(self.model):
+                ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            inputs = text_inputs(self.model, ids_BT, mask_BT)
-            read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+            read = TokenReader(
+                self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl
+            )
+            # Of what the blocks see: an encoder's own mask where it has one.
+            seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
             if interventions is None:
                 with _observed(statistics) as observe:
-                    readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
+                    readings_VNC = sweep_skips(self.stack, read, chosen, _of_real_tokens(seen_BT, observe))
             else:
-                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+                readings_VNC = sweep(self.stack, read, chosen, interventions(rows, seen_BT))
             # Without the logits, which only show whether anything changed.
             summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
             return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, targets_BT], run)
+            parts = self._in_micro_batches(
+                sizes[chosen], [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run
+            )
         nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores(
             metric="delta_nll",
+            strategy=chosen,
             counts_B=counts_B,
             delta_LB=nll_VB[1:] - nll_VB[:1],
             clean_nll_B=nll_VB[0],
@@ -398,12 +500,13 @@ class NIWTProfiler:
         interventions: InterventionsOf | None,
     ) -> _Scores:
         """Sweep all micro-batches of an encoder's inputs. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=False)
+        (strategy,) = self._sweep_strategies(is_text=False)
+        model = encoding_part(self.model)
         size = self.micro_batch_size or batch.num_rows
 
         def run(rows: slice, part: list[Tensor]) -> tuple[Tensor, int]:
             inputs = dict(zip(batch.inputs, part, strict=True))
-            read = OutputReader(self.model, inputs)
+            read = OutputReader(model, inputs)
             mask_BT = inputs.get("attention_mask")
             if interventions is None:
                 with _observed(statistics) as observe:
@@ -417,32 +520,87 @@ class NIWTProfiler:
         readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
         embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
         if num_classes:
-            return _label_scores(readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
-        return _embedding_scores(readings_VBC)
+            return _label_scores(strategy, readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
+        return _embedding_scores(strategy, readings_VBC)
 
-    def _sweep_strategy(self, *, is_text: bool) -> SweepStrategy:
-        """Return how scoring sweeps, given what was asked for and what the model allows."""
+    @property
+    def _ablates_encoder(self) -> bool:
+        """Whether a decoder follows the blocks."""
+        return self.stack.side == "encoder" and self.model.config.is_encoder_decoder
+
+    def _model_inputs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]
+    ) -> ModelInputs:
+        return model_inputs(self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder)
+
+    def _num_heard(self, beside: Mapping[str, Tensor]) -> int:
+        """Return the positions of an encoder-decoder's encoder, or more; 0 for other models."""
+        if not beside or not self.model.config.is_encoder_decoder:
+            return 0
+        longest = max(max(tensor.shape[1:], default=0) for tensor in beside.values())
+        return min(longest, getattr(self.model.config, "max_source_positions", longest))
+
+    def _sweep_strategies(self, *, is_text: bool, has_media: bool = False) -> tuple[SweepStrategy, ...]:
+        """Return how scoring may sweep, given what was asked for and what the model allows."""
         config = self.model.config.get_text_config()
         if self.strategy == "brute" or getattr(config, "num_kv_shared_layers", None):
             # Blocks that reuse another block's keys and values need all blocks to run, on the same rows.
-            return "brute"
-        if not is_text or self.strategy == "prefix":
-            # What follows an encoder's blocks may know the batch size, so ablations are not stacked there.
-            return "prefix"
-        return "triangular"
+            return ("brute",)
+        if not is_text or self.strategy == "prefix" or (has_media and not self.model.config.is_encoder_decoder):
+            # What follows an encoder's blocks, or puts media between a decoder's, may know the batch size: ablations are not
+            # stacked there.
+            return ("prefix",)
+        if self.strategy != "auto" or self.model.config.is_encoder_decoder:
+            # Every other strategy would run the encoder once more for each ablation of the decoder.
+            return ("triangular",)
+        return ("triangular", "prefix")
 
-    def _text_batch_size(self, *, num_variants: int, num_columns: int, num_logits: int, num_cached: int) -> int:
-        """Return how many samples of text to run at once, so that their live rows (`num_variants` each) fit the workspace."""
+    @property
+    def _machine(self) -> Machine:
+        return MACHINES["cpu" if self.model.device.type == "cpu" else "accelerator"]
+
+    def _work(self, num_rows: int, num_columns: int) -> Work:
+        block = self.stack.blocks[0]
+        stored = [*block.parameters(), *block.buffers()]
+        # 4-bit weights lie in pairs in bytes.
+        is_packed = [tensor.dtype == torch.uint8 for tensor in stored]
+        return Work(
+            num_layers=len(self.stack),
+            layer_parameters=sum(
+                tensor.numel() * (2 if packed else 1) for tensor, packed in zip(stored, is_packed, strict=True)
+            ),
+            is_quantised=any(is_packed),
+            num_rows=num_rows,
+            num_columns=num_columns,
+        )
+
+    def _text_batch_size(
+        self,
+        *,
+        num_variants: int,
+        num_columns: int,
+        num_logits: int,
+        num_cached: int,
+        num_heard: int,
+        num_kept: int = 0,
+    ) -> int:
+        """Return how many samples of text to run at once, so that their live rows (`num_variants` each, and the states of
+        `num_kept` more) fit the workspace."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
-        # Keys and values are at most as wide as the hidden states.
-        states = num_columns + 2 * len(self.stack) * num_cached
+        # Keys and values are at most as wide as the hidden states. Those of cross-attention are kept once per sample, and copied for
+        # the rows of one block at a time; where the encoder is ablated each row has its own.
+        states = num_columns * (1 + num_kept) + 2 * len(self.stack) * num_cached + 3 * num_heard
+        if num_heard:
+            num_columns = num_columns if self.stack.side == "decoder" else num_heard
+            num_shares = num_variants if self.stack.side == "decoder" or num_cached == 0 else 1
+            states += 2 * len(self.stack) * num_heard // num_shares
         values = states * config.hidden_size + num_logits * config.vocab_size
         device = "cpu" if self.model.device.type == "cpu" else "accelerator"
         size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
         if device == "cpu" and num_cached == 0:
-            size = min(size, _CPU_TOKENS // (num_variants * num_columns))
+            size = min(size, CPU_TOKENS // (num_variants * (1 + num_kept) * num_columns))
         return max(1, size)
 
     def _in_micro_batches(
@@ -493,6 +651,7 @@ class _Scores:
     """Sums per sample over its scored tokens; fields as in BatchMeasurement, on the CPU."""
 
     metric: Metric
+    strategy: SweepStrategy
     counts_B: Tensor
     delta_LB: Tensor
     clean_nll_B: Tensor | None = None
@@ -501,6 +660,18 @@ class _Scores:
     cosine_drop_LB: Tensor | None = None
     embeddings_VBE: Tensor | None = None
     """An encoder's pooled embeddings."""
+
+
+def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Tensor]:
+    """Return what a model is given beside text.
+
+    Raises:
+        ValueError: the batch is not in front.
+    """
+    wrong = {name: tuple(tensor.shape) for name, tensor in (inputs or {}).items() if tensor.shape[:1] != (num_rows,)}
+    if wrong:
+        raise ValueError(f"Expected inputs with the batch of {num_rows} rows in front, found shapes {wrong}.")
+    return dict(inputs or {})
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:
@@ -585,12 +756,15 @@ def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Ten
     return readings_VNC.new_zeros(shape).index_add(1, rows_N, readings_VNC)
 
 
-def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None) -> _Scores:
+def _label_scores(
+    strategy: SweepStrategy, log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None
+) -> _Scores:
     chosen_B = log_probs_VBC[0].argmax(dim=-1) if labels_B is None else labels_B.cpu()
     nll_VB = -log_probs_VBC.gather(-1, chosen_B.expand(len(log_probs_VBC), -1)[..., None])[..., 0]
     correct_VB = None if labels_B is None else log_probs_VBC.argmax(dim=-1) == chosen_B
     return _Scores(
         metric="label_nll",
+        strategy=strategy,
         counts_B=torch.ones_like(chosen_B),
         delta_LB=nll_VB[1:] - nll_VB[:1],
         clean_nll_B=nll_VB[0],
@@ -601,10 +775,10 @@ def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE
     )
 
 
-def _embedding_scores(embeddings_VBE: Tensor) -> _Scores:
+def _embedding_scores(strategy: SweepStrategy, embeddings_VBE: Tensor) -> _Scores:
     drop_LB = _cosine_drops(embeddings_VBE)
     counts_B = torch.ones(drop_LB.shape[1], dtype=torch.int64)
-    return _Scores("cosine_drop", counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
+    return _Scores("cosine_drop", strategy, counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
 
 
 def _cosine_drops(embeddings_VBE: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ProfilingError
+from nexus.profiling.cost import SweepStrategy
+from nexus.profiling.inputs import ModelInputs
 from nexus.profiling.layers import BlockCall, BlockHandler, BlockStack, Rows
-
-SweepStrategy = Literal["brute", "prefix", "triangular"]
 
 # Runs the model once, with so many variants stacked on the batch axis behind the blocks, and returns [variants, ...].
 Reader = Callable[[int], Tensor]
@@ -224,7 +224,7 @@ class TokenReader:
         self,
         model: PreTrainedModel,
         stack: BlockStack,
-        inputs: Mapping[str, Tensor],
+        inputs: ModelInputs,
         scored: ScoredTokens,
         *,
         with_kl: bool = False,
@@ -251,7 +251,7 @@ class TokenReader:
 
         hook = self._head.register_forward_pre_hook(keep_scored)
         try:
-            logits_MV = self._model(**self._inputs, use_cache=False).logits[0]
+            logits_MV = self._model(**self._inputs.prompt(num_variants, use_cache=False)).logits[0]
         finally:
             hook.remove()
         targets_N = self._scored.targets_N

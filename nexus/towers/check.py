@@ -73,15 +73,21 @@ class CheckRow:
 
 
 def check_teachers(
-    registry: TeacherRegistry, teachers: Sequence[str], *, tiny: bool, models_dir: Path | None = None
+    registry: TeacherRegistry,
+    teachers: Sequence[str],
+    *,
+    tiny: bool,
+    models_dir: Path | None = None,
+    keep: Path | None = None,
 ) -> Iterator[CheckRow]:
     """Try teachers by their ids, in that order; yields a row as soon as it is known.
 
-    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read.
+    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read, unless they are kept.
 
     Args:
         teachers: ids; empty means the whole registry.
         models_dir: without `tiny`, searched before the Hugging Face cache.
+        keep: with `tiny`, where the folders are left, each named as its teacher; one that is there is not built again.
 
     Raises:
         TowerLoadError: an unknown id, before anything is tried.
@@ -96,8 +102,9 @@ def check_teachers(
         try:
             with tempfile.TemporaryDirectory(prefix="nexus-check-") as scratch:
                 if tiny:
-                    folder = Path(scratch) / entry.id
-                    write_tiny(entry.id, folder)
+                    folder = (keep or Path(scratch)) / entry.id
+                    if not folder.exists():
+                        write_tiny(entry.id, folder)
                     spec = spec_of_entry(entry, folder, base=folder / BASE if entry.base else None)
                 else:
                     spec = resolve_entry(entry, models_dir=models_dir)
@@ -147,6 +154,10 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
         kinds += _kinds(
             engine.score(ScoreRequest(("a", "b"), ("Say hello.", "Add."), ("Hello.", "4"), None, 1.0, 8, ()))
         )
+    elif engine.role == "diffusion":
+        prompts = ("a red square", "two dogs")
+        pictures = (_picture(0), _picture(1))
+        kinds += _kinds(engine.score(ScoreRequest(("a", "b"), prompts, None, pictures, 1.0, 8, layers)))
     else:
         media = tuple(read_media(record.media) for record in probe_rows(engine) if record.media is not None)
         kinds += _kinds(engine.score(ScoreRequest(("a", "b"), ("", ""), None, media, 1.0, 8, layers)))
@@ -204,6 +215,8 @@ def _kinds(targets: TeacherTargets) -> list[str]:
         kinds.append("labels")
     if targets.features is not None:
         kinds.append("features")
+    if targets.denoising is not None:
+        kinds += ["noise", *(["blocks"] if targets.denoising.blocks else [])]
     return kinds
 
 

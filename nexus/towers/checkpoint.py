@@ -10,16 +10,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from nexus.artifacts import StrictModel
 from nexus.errors import TowerLoadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL_HASH_BYTES = 2 * 1024**3
 """Up to this size all bytes of the weights are hashed (about 4 s); larger ones by header, size and sampled blocks."""
 SAMPLED_BLOCKS = 256
 BLOCK_BYTES = 1024**2
+GLANCE_BLOCKS = 64
+GLANCE_BYTES = 16 * 1024
+"""What `sampled_digest` reads of a file beside its header: 1 MiB, a few milliseconds whatever the file's size."""
+
+
+class SourceFile(StrictModel):
+    """A weight file as the file system shows it."""
+
+    name: str
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -38,18 +53,21 @@ class Checkpoint:
         return tuple(sorted(set(self.weights.values())))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, stem: str = "model") -> Checkpoint:
     """Look into a checkpoint folder.
+
+    Args:
+        stem: name of the weights: `<stem>.safetensors`, or shards listed in `<stem>.safetensors.index.json`.
 
     Raises:
         TowerLoadError: no folder, no or broken config.json, no or broken or missing safetensors files, already quantised weights.
     """
     if not folder.is_dir():
         raise TowerLoadError(f"Expected a checkpoint folder at {folder}, found no such folder. Correct the path.")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_quantised(folder, config)
     weights: dict[str, Path] = {}
-    for path in _weight_files(folder):
+    for path in _weight_files(folder, stem):
         try:
             with safe_open(path, framework="np") as file:
                 weights.update(dict.fromkeys(file.keys(), path))
@@ -79,25 +97,73 @@ def weights_digest(checkpoint: Checkpoint, *, full_hash_bytes: int = FULL_HASH_B
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def sampled_digest(path: Path) -> str:
+    """SHA-256 over a safetensors file's header and evenly spaced blocks: tells checkpoints apart, does not prove one whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        for i in range(GLANCE_BLOCKS):
+            file.seek(path.stat().st_size * i // GLANCE_BLOCKS)
+            digest.update(file.read(GLANCE_BYTES))
+    return digest.hexdigest()
+
+
+def source_files(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
+    """Sizes and times of the safetensors files."""
+    stats = {path.name: path.stat() for path in checkpoint.files}
+    return tuple(SourceFile(name=name, size=stat.st_size, mtime_ns=stat.st_mtime_ns) for name, stat in stats.items())
+
+
+class StoredTensor:
+    """A tensor of a checkpoint that is read when it is indexed, into memory of its own.
+
+    transformers takes it for a slice of a safetensors file. Reading through a mapping, as it would itself, leaves every page of the
+    checkpoint in the process, whose peak would then be the floating-point model.
+    """
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._slice = file.get_slice(key)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The part that `index` says, in torch's own (aligned) memory."""
+        tensor: Tensor = self._slice[index].clone()
+        return tensor
+
+    def get_shape(self) -> list[int]:
+        """Sizes of all dimensions."""
+        return list(self._slice.get_shape())
+
+    def get_dtype(self) -> str:
+        """Number type, as safetensors writes it."""
+        return str(self._slice.get_dtype())
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint by their key; none is read."""
+    files = {path: safe_open(path, framework="pt", backend="pread") for path in checkpoint.files}
+    return {key: StoredTensor(files[path], key) for key, path in checkpoint.weights.items()}
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = sorted({folder / str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        shards = sorted({folder / str(name) for name in read_json(index).get("weight_map", {}).values()})
         for shard in shards:
             if not shard.is_file():
                 raise TowerLoadError(f"Expected the shard {shard}, found no such file. Fetch the checkpoint again.")
         if shards:
             return shards
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / f"{stem}.safetensors").is_file():
+        return [folder / f"{stem}.safetensors"]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".nemo"))
     raise TowerLoadError(
-        f"Expected model.safetensors in {folder}, found {', '.join(others) or 'no weights'}. Only safetensors are read, because "
+        f"Expected {stem}.safetensors in {folder}, found {', '.join(others) or 'no weights'}. Only safetensors are read, because "
         "other formats can run code; convert the checkpoint, or fetch its safetensors revision."
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; TowerLoadError in one line when there is none."""
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py or sae.py does the work.
+What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py, diffusion.py or sae.py does the work.
 """
 
 from __future__ import annotations
@@ -25,11 +25,19 @@ from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
 from nexus.profiling.reasoning_eval import ablated_answers
 from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
+from nexus.towers.diffusion import denoise
 from nexus.towers.health import check_targets
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
-from nexus.towers.targets import ScoreRequest, SparseTargets, TeacherHead, TeacherTargets, TokenDistributions
+from nexus.towers.targets import (
+    DenoisingTargets,
+    ScoreRequest,
+    SparseTargets,
+    TeacherHead,
+    TeacherTargets,
+    TokenDistributions,
+)
 from nexus.towers.tax import TaxMeasurement, measure_tax
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
@@ -72,12 +80,12 @@ class TeacherEngine:
     @property
     def num_layers(self) -> int:
         """Blocks whose hidden states can be asked for."""
-        return len(find_blocks(self._runner))
+        return len(find_blocks(self._runner)) if self.tower.denoiser is None else len(self.tower.denoiser.blocks)
 
     @property
     def hidden_size(self) -> int:
         """Width H of those hidden states."""
-        return block_width(self._runner)
+        return block_width(self._runner) if self.tower.denoiser is None else self.tower.denoiser.hidden_size
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -89,7 +97,7 @@ class TeacherEngine:
     @property
     def label_texts(self) -> tuple[str, ...] | None:
         """Labels of a classification head, by class index; None without one."""
-        return encoder.label_texts(self._runner)
+        return encoder.label_texts(self._runner) if self.role == "encoder" else None
 
     def score(self, request: ScoreRequest) -> TeacherTargets:
         """The teacher's targets for every row of `request`, in its order.
@@ -111,6 +119,7 @@ class TeacherEngine:
         hidden: dict[int, np.ndarray] = {}
         encoded: encoder.Encoded | None = None
         features: dict[int, SparseTargets] | None = None
+        denoised: DenoisingTargets | None = None
         if self.role in ("causal_lm", "sae"):
             if request.completions is None:
                 raise ConfigError(
@@ -125,6 +134,8 @@ class TeacherEngine:
                 tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
             else:
                 features = score_features(*self._language_model(), self.tower.dictionaries, request)
+        elif self.tower.denoiser is not None:
+            denoised = denoise(self.tower.denoiser, request)
         else:
             if request.media is None:
                 raise ConfigError(
@@ -154,6 +165,7 @@ class TeacherEngine:
             label_logprobs_BC=None if encoded is None else encoded.label_logprobs_BC,
             features=features,
             codebooks=codec_lm.num_codebooks(self.tower.model) if self.role == "codec_lm" else None,
+            denoising=denoised,
         )
         check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets

@@ -20,6 +20,16 @@ for the error that the request allows."""
 
 
 @dataclass(frozen=True)
+class Denoising:
+    """How a diffusion teacher walks from noise to its result."""
+
+    seed: int = 0
+    """With the row's id it decides the noise that is started from."""
+    num_steps: int = 4
+    """Steps of the teacher's own scheduler; each gives targets."""
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
     """Rows to score. Text crosses, not ids: each teacher has its own tokenizer."""
 
@@ -42,6 +52,8 @@ class ScoreRequest:
     """S of `sampled`; None for the other transports."""
     max_error: float | None = None
     """What `auto` may lose: KL(teacher || what its targets say), nats per scored token of the reply; None for the others."""
+    denoising: Denoising = Denoising()
+    """For diffusion teachers."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,20 @@ class SparseTargets:
 
 
 @dataclass(frozen=True)
+class DenoisingTargets:
+    """What a diffusion teacher predicts along its denoising, without guidance. Latents have the teacher's own shape behind B and S."""
+
+    timesteps_S: np.ndarray
+    """float32 [S]; as the denoiser is told them."""
+    latents_BS: np.ndarray
+    """float32 [B, S, ...]; what was denoised, in the form in which the denoiser takes it."""
+    predictions_BS: np.ndarray
+    """float32 [B, S, ...]; the noise prediction (the velocity of a rectified flow)."""
+    blocks: Mapping[str, np.ndarray]
+    """Name of a block -> float16 [B, S, P, H], or [B, S, frames, channels, height, width] of a U-Net's."""
+
+
+@dataclass(frozen=True)
 class TeacherTargets:
     """The answer to a `ScoreRequest`, rows in the request's order."""
 
@@ -143,6 +169,8 @@ class TeacherTargets:
     """Layer -> active features of its dictionary; None for all roles but sae."""
     codebooks: int | None = None
     """Codes of one frame of a codec_lm: `tokens` then run over frames and codebooks, `hidden` over frames; None otherwise."""
+    denoising: DenoisingTargets | None = None
+    """None for all roles but diffusion."""
 
     def __eq__(self, other: object) -> bool:
         """Equality of every field, arrays compared bit by bit."""
@@ -156,7 +184,7 @@ class TeacherTargets:
 def _equal(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    for columns in (TokenTargets, SampledTargets, HiddenTargets, FullTargets, SparseTargets):
+    for columns in (TokenTargets, SampledTargets, HiddenTargets, FullTargets, SparseTargets, DenoisingTargets):
         if isinstance(a, columns) and isinstance(b, columns):
             return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(columns))
     if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -7,6 +7,7 @@ KD_t depends on what the teacher gives:
   KL(teacher || student), because the mix has none;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
   distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
+- an encoder without a head: none; A_t then also holds the distance to its pooled embedding;
 - a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`),
   and the same divergence over the labels themselves, from the pooled features of the tower.
 A_t anchors the student to the teacher's critical layers, each through an affine map that only training has, and depth to depth: the
@@ -67,6 +68,20 @@ class TeacherLoss:
 
     kd: Tensor
     anchor: Tensor
+    tokens: int
+    """Student tokens that it scored or, where it gives features alone, the feature tokens that it is matched at."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a loss is divided by where its rows are a part of an optimizer step: the step's scored tokens and rows."""
+
+    tokens: int
+    rows: int
+
+    def __add__(self, other: Whole) -> Whole:
+        """Of both parts together."""
+        return Whole(self.tokens + other.tokens, self.rows + other.rows)
 
 
 class DistillationObjective(nn.Module):
@@ -118,7 +133,7 @@ class DistillationObjective(nn.Module):
         self.standardisers = {
             _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
             for teacher in teachers
-            for layer, _ in teacher.critical_layers
+            for layer in _anchored(teacher)
         }
         vocabulary = student.spec.core.vocab_size
         self._label_tokens = {
@@ -154,10 +169,28 @@ class DistillationObjective(nn.Module):
 
     # --- losses ---------------------------------------------------------------------------------------------------------------
 
+    def size(self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None) -> Whole:
+        """Scored tokens and rows of one micro-batch; the sum over a step's micro-batches is what `teacher_loss` divides by."""
+        completions = self._completions(self.teachers[assignment.teacher], records, targets)
+        return Whole(self._collate(records, completions).num_loss_tokens, len(records))
+
+    def num_gold_tokens(self, records: Sequence[Record]) -> int:
+        """Scored tokens of labelled rows."""
+        return self._collate(records, [_completion(record) for record in records]).num_loss_tokens
+
     def teacher_loss(
-        self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None
+        self,
+        assignment: Assignment,
+        records: Sequence[Record],
+        targets: TeacherTargets | None,
+        *,
+        whole: Whole | None = None,
     ) -> TeacherLoss:
         """l_t's two parts on unlabelled rows.
+
+        Args:
+            whole: of the optimizer step that these rows are a part of; the parts' losses then add up to the step's. None means
+                that they are all of it.
 
         Raises:
             TowerLoadError: when the targets are in another tokenizer's ids.
@@ -166,45 +199,67 @@ class DistillationObjective(nn.Module):
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
             check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
+        passed = self._forward(records, self._completions(teacher, records, targets))
+        tokens = 1.0 if whole is None else passed.batch.num_loss_tokens / whole.tokens
+        rows = 1.0 if whole is None else len(records) / whole.rows
         if teacher.label_texts is not None:
             assert targets is not None
             assert targets.label_logprobs_BC is not None
-            chosen = targets.label_logprobs_BC.argmax(axis=1)
-            completions = [teacher.label_texts[index] for index in chosen]
-        else:
-            completions = [_completion(record) for record in records]
-        passed = self._forward(records, completions)
-        if teacher.label_texts is not None:
-            assert targets is not None
-            assert targets.label_logprobs_BC is not None
-            divergence = self._classifier_divergence(teacher, passed, targets) + self._tower_divergence(
-                teacher, passed, targets
-            )
+            divergence = tokens * self._classifier_divergence(teacher, passed, targets)
+            divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
             kd = kd_loss(divergence, temperature=self._temperature)
+        elif _is_feature_only(teacher):
+            kd = passed.states[0].new_zeros(())
         elif teacher.shares_tokenizer:
             assert targets is not None
-            kd = kd_loss(self._token_divergence(passed, targets), temperature=self._temperature)
+            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
         else:
-            kd = self._response_weight * passed.cross_entropy()
-        return TeacherLoss(kd, self._anchor(teacher, passed, targets, kd))
+            kd = tokens * self._response_weight * passed.cross_entropy()
+        # The states of a language model in the student's tokens count by token; means over answers and towers' features by row.
+        by_token = teacher.role == "causal_lm" and teacher.shares_tokenizer
+        scored = passed.batch.num_loss_tokens
+        if _is_feature_only(teacher):
+            scored = int(self._tower(teacher, passed)[1].mask_BM.sum())
+        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd), scored)
 
-    def gold_loss(self, labelled: Mapping[str, Sequence[Record]]) -> Tensor:
+    def gold_loss(
+        self, labelled: Mapping[str, Sequence[Record]], *, num_tokens: Mapping[str, int] | None = None
+    ) -> Tensor:
         """Cross-entropy on the gold completions of labelled rows, nats per token, mean over capabilities. One forward pass.
 
         Args:
             labelled: capability -> rows, at least one.
+            num_tokens: scored tokens of each capability in the optimizer step that these rows are a part of; None counts these.
         """
         records = [record for rows in labelled.values() for record in rows]
         passed = self._forward(records, [_completion(record) for record in records])
         parts = passed.row_cross_entropy().split([len(rows) for rows in labelled.values()], dim=1)
+        if num_tokens is not None:
+            shares = [nats_B.sum() / num_tokens[name] for name, (nats_B, _) in zip(labelled, parts, strict=True)]
+            return torch.stack(shares).sum() / len(num_tokens)
         return torch.stack([nats_B.sum() / tokens_B.sum() for nats_B, tokens_B in parts]).mean()
+
+    def _completions(
+        self, teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets | None
+    ) -> list[str]:
+        """What the student is to say: the label that a classifier chose, the answer in the row, or nothing (features alone)."""
+        if _is_feature_only(teacher):
+            return [""] * len(records)
+        if teacher.label_texts is None:
+            return [_completion(record) for record in records]
+        assert targets is not None
+        assert targets.label_logprobs_BC is not None
+        return [teacher.label_texts[index] for index in targets.label_logprobs_BC.argmax(axis=1)]
+
+    def _collate(self, records: Sequence[Record], completions: Sequence[str]) -> TokenBatch:
+        return collate(
+            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
+        )
 
     def _forward(self, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
         """One pass over rows of any capabilities, each with the towers of its own."""
         facts = [self.capabilities[record.capability] for record in records]
-        batch = collate(
-            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
-        )
+        batch = self._collate(records, completions)
         output = self.student(
             batch.input_ids_BT,
             batch.attention_mask_BT,
@@ -337,8 +392,12 @@ class DistillationObjective(nn.Module):
         return F.kl_div(logits_BC.log_softmax(dim=-1), label_logprobs_BC, log_target=True, reduction="batchmean")
 
     def _anchor(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets | None, like: Tensor) -> Tensor:
-        """Weighted distance to the critical layers; exactly 0 without any."""
+        """Weighted distance to the critical layers, and to the pooled embedding of a teacher that has nothing else; exactly 0
+        without any."""
         total = like.new_zeros(())
+        if _is_feature_only(teacher):
+            assert targets is not None
+            total = total + self._pooled_distance(teacher, passed, targets)
         for layer, weight in teacher.critical_layers:
             assert targets is not None
             states = torch.from_numpy(targets.hidden[layer]).float()
@@ -350,6 +409,18 @@ class DistillationObjective(nn.Module):
             distances = [self._distance(_key(teacher.id, layer), *pair) for pair in pairs]
             total = total + weight * torch.stack(distances).mean()
         return total
+
+    def _pooled_distance(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
+        assert targets.pooled_BE is not None
+        adapter, features = self._tower(teacher, passed)
+        pooled_BE = torch.from_numpy(targets.pooled_BE)
+        if pooled_BE.shape[1] != teacher.hidden_size:
+            raise TowerLoadError(
+                f"Expected pooled embeddings of {teacher.hidden_size} dimensions from {teacher.id!r}, the width of its blocks, found "
+                f"{pooled_BE.shape[1]}. Remove it from the run."
+            )
+        predicted_BE = adapter.predict(teacher.id, POOLED, features)
+        return self._distance(_key(teacher.id, POOLED), predicted_BE[:, None], pooled_BE[:, None])
 
     def _distance(self, key: str, predicted_BTH: Tensor, target_BTH: Tensor) -> Tensor:
         mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool)
@@ -461,15 +532,10 @@ def align_with_teachers(
         tower = next((name for name in towers[teacher.id] if name in wanted and name in spec.adapters()), None)
         if teacher.role == "causal_lm" and not teacher.shares_tokenizer:
             continue
-        if teacher.role == "encoder" and (tower is None or teacher.label_texts is None):
-            missing = (
-                "vision or audio under data.<capability>.towers"
-                if tower is None
-                else "a classification head with label texts"
-            )
+        if teacher.role == "encoder" and tower is None:
             raise ConfigError(
-                f"Expected the encoder teacher {teacher.id!r} to come with {missing}, found none: its rows could not be answered in "
-                "text. Add it, or remove the teacher."
+                f"Expected the encoder teacher {teacher.id!r} to come with vision or audio under data.<capability>.towers, found "
+                "none: no part of the student would learn from it. Add it, or remove the teacher."
             )
         if tower is not None:
             alignments.setdefault(tower, []).extend(
@@ -478,9 +544,40 @@ def align_with_teachers(
             )
             if teacher.label_texts is not None:
                 alignments[tower].append(Alignment(teacher.id, POOLED, len(teacher.label_texts)))
+            elif _is_feature_only(teacher):
+                alignments[tower].append(Alignment(teacher.id, POOLED, teacher.hidden_size))
     for tower, entries in alignments.items():
         spec = spec.with_alignments(tower, entries)
     return spec
+
+
+def check_answered(teachers: Sequence[TeacherFacts], capabilities: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a capability whose teachers give features alone: nobody would say what its answers are.
+
+    Args:
+        capabilities: name -> ids of its teachers.
+
+    Raises:
+        ConfigError: naming the capability.
+    """
+    silent = {teacher.id for teacher in teachers if _is_feature_only(teacher)}
+    for capability, ids in capabilities.items():
+        if silent.issuperset(ids):
+            raise ConfigError(
+                f"Expected a teacher of {capability!r} that answers in text, a language model or a classifier with label texts, "
+                f"found only {', '.join(ids)}, which give features. Add one."
+            )
+
+
+def _anchored(teacher: TeacherFacts) -> tuple[int | str, ...]:
+    """What of it the student is matched with."""
+    layers = tuple(layer for layer, _ in teacher.critical_layers)
+    return (*layers, POOLED) if _is_feature_only(teacher) else layers
+
+
+def _is_feature_only(teacher: TeacherFacts) -> bool:
+    """An encoder without a classification head: its rows have no answer, its features anchor a tower."""
+    return teacher.role == "encoder" and teacher.label_texts is None
 
 
 def label_token_ids(label_texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

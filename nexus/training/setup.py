@@ -19,6 +19,7 @@ from nexus.errors import ArtifactError
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.student.shipped import student_preset
+from nexus.training.average import averaged
 from nexus.training.batches import Assignment, RecordStream, StepBatches
 from nexus.training.checkpoint import load_checkpoint
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
@@ -120,9 +121,14 @@ def build_loop(
             steps=distill.steps,
             optimizer=distill.optimizer,
             learning_rate=distill.learning_rate,
+            schedule=distill.schedule,
             warmup_steps=distill.warmup_steps,
+            final_rate=distill.final_rate,
+            decay_share=distill.decay_share,
             weight_decay=distill.weight_decay,
             grad_clip=distill.grad_clip,
+            accumulate=distill.accumulate,
+            ema_decay=distill.ema_decay,
             gold_weight=distill.gold_weight,
             anchor_start=distill.anchor_start,
             anchor_end=distill.anchor_end,
@@ -131,6 +137,12 @@ def build_loop(
             checkpoint_every=distill.checkpoint_every,
             surgery_method=distill.surgery.method,
             surgery_every=distill.surgery.every,
+            surgery_subset=distill.surgery.subset,
+            ramps={
+                teacher.id: (teacher.start_step, teacher.ramp_steps)
+                for teacher in config.teachers
+                if teacher.start_step or teacher.ramp_steps
+            },
             seed=config.seed,
         ),
         spike=None if inject_spike is None else parse_spike(inject_spike),
@@ -177,8 +189,9 @@ def _batches(
                 seed=config.seed * 1000 + number,
                 quarantine=quarantine,
             )
-            # A classifier's label becomes the row's answer.
-            fits = length_check(tokenizer, config.student.max_length, answers=facts[teacher.id].label_texts)
+            # A classifier's label becomes the row's answer; a teacher of features alone gives none.
+            answers = facts[teacher.id].label_texts or (("",) if facts[teacher.id].role == "encoder" else None)
+            fits = length_check(tokenizer, config.student.max_length, answers=answers)
             unlabelled[Assignment(teacher.id, capability)] = UsableBatches(batches, quarantine, fits)
     labelled: dict[str, RecordStream] = {
         source.capability: UsableBatches(
@@ -217,6 +230,8 @@ def load_trained_student(
 ) -> tuple[NexusStudent, PreTrainedTokenizerBase]:
     """Student and tokenizer of the newest checkpoint of `name`; `teachers` and `taught` as in `build_loop`.
 
+    The weights are the averaged ones where the run keeps an average.
+
     Raises:
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
     """
@@ -224,7 +239,9 @@ def load_trained_student(
     found = load_checkpoint(folder, fingerprint=config.fingerprint())
     if found is None:
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
-    _, weights, _ = found
+    _, weights, state = found
+    if state["average"] is not None:
+        weights = averaged(weights, state["average"])
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
     prefix = "student."

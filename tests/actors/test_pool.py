@@ -148,7 +148,7 @@ def test_a_killed_teacher_is_restarted_and_its_lost_batches_answered_alike(ray_c
         pool.submit(("k", number), "sample-reasoning", "score", _request(number))
     os.kill(before.pid, signal.SIGKILL)
     for number in range(5):
-        assert pool.collect(("k", number)) == engine.score(_request(number))
+        assert unpack_targets(pool.collect(("k", number))) == engine.score(_request(number))
     after = pool.health("sample-reasoning")
     assert after.incarnation != before.incarnation
 
