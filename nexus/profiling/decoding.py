@@ -135,6 +135,11 @@ def stacked_generations(
     def sweep_prompt(call: BlockCall) -> Tensor:
         live = call.index + 1
         output = call.run(call.hidden_RTD, stacked_rows(live, batch_size, device) if live > 1 else None)
+        if call.hands_on:
+            raise NotStackableError(
+                f"Expected blocks at '{stack.path}' to give the next one their hidden states alone, found more: rows that skip a "
+                "block have nothing to hand on. Use strategy='brute'."
+            )
         return torch.cat([output, call.hidden_RTD[:batch_size]])
 
     with stack.intercept(sweep_prompt) as calls:
@@ -191,12 +196,13 @@ def _decode_apart(
 ) -> Tensor:
     """Fill in and return the tokens [R, A] of rows that share nothing: each ablation of an encoder is heard differently."""
     batch_size, device = len(decode.inputs.input_ids_BT), logits_RV.device
-    id_R = torch.arange(len(tokens_RA))
+    id_R = next_R = torch.arange(len(tokens_RA))
     for step in range(tokens_RA.shape[1]):
+        logits_RV = logits_RV if step == 0 else decode.step(next_R.to(device))
         next_R = _greedy(logits_RV, stack)
         tokens_RA[id_R, step] = next_R
         alive_R = ~torch.isin(next_R, eos_E)
-        if step + 1 == tokens_RA.shape[1] or not alive_R.any():
+        if not alive_R.any():
             break
         if not alive_R.all():
             keep_R = alive_R.nonzero()[:, 0].to(device)
@@ -204,7 +210,6 @@ def _decode_apart(
             decode.cache.reorder_cache(keep_R)
             decode.mask_RT = decode.mask_RT[keep_R]
             decode.inputs.rows_are((id_R % batch_size).to(device))
-        logits_RV = decode.step(next_R.to(device))
     return tokens_RA
 
 

@@ -65,6 +65,16 @@ class BlockCall:
         hidden: Tensor = output[0]
         return hidden
 
+    def add_rows(self, rows: Rows) -> None:
+        """Give what the block returned beside its hidden states `rows` of its rows: some models hand it on to the next block."""
+        if self.extras is not None:
+            self.extras = _select_rows("", self.extras, rows)
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the block returned tensors beside its hidden states."""
+        return any(isinstance(extra, Tensor) for extra in self.extras or ())
+
 
 BlockHandler = Callable[[BlockCall], Tensor]
 

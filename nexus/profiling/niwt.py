@@ -124,8 +124,8 @@ class NIWTProfiler:
         self.micro_batch_size = micro_batch_size
         # Set when memory ran out.
         self._fitting_size: int | None = None
-        # Unset when a model turned out to keep its past in another way.
-        self._stacks_generations = True
+        # Unset when a model turned out not to take stacked rows.
+        self._stacks = {"scoring": True, "decoding": True}
 
     def ablated_generations(
         self,
@@ -165,7 +165,7 @@ class NIWTProfiler:
                 "delta_nll, which takes media."
             )
         beside = _beside(inputs, len(input_ids_BT))
-        is_brute = self._sweep_strategy(is_text=True) == "brute" or not self._stacks_generations
+        is_brute = self._sweep_strategy(is_text=True) == "brute" or not self._stacks["decoding"]
         stop = stop_tokens(self.model)
         prompt_length = input_ids_BT.shape[1]
         size = self._text_batch_size(
@@ -179,15 +179,14 @@ class NIWTProfiler:
         def run(_: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT = _without_padding(part[:2])
             prompts = self._model_inputs(ids_BT, mask_BT, dict(zip(beside, part[2:], strict=True)))
-            if not is_brute and self._stacks_generations:
-                try:
-                    return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
-                except NotStackableError as error:
-                    if self.strategy != "auto":
-                        raise
-                    self._stacks_generations = False
-                    logger.warning("%s Going on with one decode per ablation.", error)
-            return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            def brute() -> Tensor:
+                return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            def stacked() -> Tensor:
+                return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            return brute() if is_brute else self._stacked_or("decoding", stacked, brute, "one decode per ablation")
 
         with undisturbed(self.model):
             parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, *beside.values()], run)
@@ -439,14 +438,22 @@ class NIWTProfiler:
             if counts_from_the_left(self.model):
                 ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = TokenReader(self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl)
+            inputs = self._model_inputs(ids_BT, mask_BT, own)
             # Of what the blocks see: an encoder's own mask where it has one.
             seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
-            if interventions is None:
+
+            def swept(strategy: SweepStrategy) -> Tensor:
+                read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+                if interventions is not None:
+                    return sweep(self.stack, read, strategy, interventions(rows, seen_BT))
                 with _observed(statistics) as observe:
-                    readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
-            else:
-                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, seen_BT))
+                    return sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
+
+            readings_VNC = (
+                self._stacked_or("scoring", lambda: swept("triangular"), lambda: swept("prefix"), "strategy prefix")
+                if strategy == "triangular"
+                else swept(strategy)
+            )
             # Without the logits, which only show whether anything changed.
             summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
             return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
@@ -499,10 +506,10 @@ class NIWTProfiler:
         """Whether a decoder follows the blocks."""
         return self.stack.side == "encoder" and self.model.config.is_encoder_decoder
 
-    def _model_inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]) -> ModelInputs:
-        return model_inputs(
-            self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder
-        )
+    def _model_inputs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]
+    ) -> ModelInputs:
+        return model_inputs(self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder)
 
     def _num_heard(self, beside: Mapping[str, Tensor]) -> int:
         """Return the positions of an encoder-decoder's encoder, or more; 0 for other models."""
@@ -510,6 +517,25 @@ class NIWTProfiler:
             return 0
         longest = max(max(tensor.shape[1:], default=0) for tensor in beside.values())
         return min(longest, getattr(self.model.config, "max_source_positions", longest))
+
+    def _stacked_or(
+        self, what: Literal["scoring", "decoding"], stacked: Callable[[], Part], apart: Callable[[], Part], other: str
+    ) -> Part:
+        """Return what `stacked` gives, or under "auto" what `apart` gives, as slow as exact, of a model that does not take stacked
+        rows; a model that is broken fails again there."""
+        if self._stacks[what]:
+            try:
+                return stacked()
+            except (RuntimeError, IndexError, ValueError) as error:
+                is_ours = isinstance(error, ProfilingError) and not isinstance(error, NotStackableError)
+                if self.strategy != "auto" or is_ours or _is_out_of_memory(error):
+                    raise
+                failure = f"{type(error).__name__} {error}".splitlines()[0]
+            self._stacks[what] = False
+            logger.warning(
+                "Ablations of %s cannot be stacked (%s); going on with %s.", type(self.model).__name__, failure, other
+            )
+        return apart()
 
     def _strategy_for(self, batch: ProfileBatch | EncoderProfileBatch) -> SweepStrategy:
         is_text = isinstance(batch, ProfileBatch)
@@ -521,7 +547,8 @@ class NIWTProfiler:
         if self.strategy == "brute" or getattr(config, "num_kv_shared_layers", None):
             # Blocks that reuse another block's keys and values need all blocks to run, on the same rows.
             return "brute"
-        if not is_text or self.strategy == "prefix" or (has_media and not self.model.config.is_encoder_decoder):
+        has_unstacked_media = has_media and not self.model.config.is_encoder_decoder
+        if not is_text or self.strategy == "prefix" or has_unstacked_media or not self._stacks["scoring"]:
             # What follows an encoder's blocks, or puts media between a decoder's, may know the batch size: ablations are not
             # stacked there.
             return "prefix"
@@ -654,7 +681,7 @@ def _without_padding(tensors_BT: Sequence[Tensor]) -> list[Tensor]:
     return [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether an allocation failed; torch's CPU allocator has no type of its own for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
@@ -737,7 +764,8 @@ def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> O
     def select(index: int, input_BTD: Tensor, output_BTD: Tensor) -> None:
         # Convolutional front ends shorten time: their mask is not the blocks'.
         if mask_BT is not None and mask_BT.shape == output_BTD.shape[:2]:
-            observe(index, input_BTD[mask_BT.bool()], output_BTD[mask_BT.bool()])
+            # Some models carry several streams of width D for each token.
+            observe(index, *(states[mask_BT.bool()].flatten(0, -2) for states in (input_BTD, output_BTD)))
         else:
             observe(index, input_BTD.flatten(0, -2), output_BTD.flatten(0, -2))
 
