@@ -1,24 +1,24 @@
-"""Ray Data pipelines: stream rows from files to the resident teachers, and their answers back in file order.
+"""Rows on their way to the teachers: Ray Data streams them from files, the pool's actors answer, answers come in file order.
 
 Reading is a generator over row batches (`nexus.data.loader.iter_records`), so a file is never whole in memory and bad rows reach
-the quarantine with their place. The calling actors hold no CPU and no weights: they forward batches to the named teacher actors,
-one hop through the object store. One Dataset runs at a time, in file order (`preserve_order`).
+the quarantine with their place. The batches of all works are read in turn, one Dataset at a time, so that all teachers have work at
+once; what a teacher's replicas answer is given out in the order of its rows, whichever of them was faster.
 """
 
 from __future__ import annotations
 
-import pickle  # nosec B403 # values of our own actors within one Ray session, whose own RPC is pickle
+import itertools
+import pickle  # nosec B403 # values of our own tasks within one Ray session, whose own RPC is pickle
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
-from ray.data import ActorPoolStrategy
 
 from actors.pool import TeacherPool
 from nexus.data.loader import iter_records
@@ -27,9 +27,6 @@ from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
 from nexus.errors import NexusError
 from nexus.towers.rows import RowsError
-
-CALLERS = 2
-"""Actors that forward batches; two keep one teacher busy while the other's rows are being read."""
 
 POLL_S = 0.5
 """Longest wait between two looks at the signals."""
@@ -52,6 +49,9 @@ class TeacherWork:
     """Method of the teacher actor; it gets the records and `arguments`."""
     arguments: tuple[Any, ...]
     batch_size: int
+    counts_rejected: bool = False
+    """Whether `skip_rows` counts rows that were rejected, too. Otherwise those that stand in the quarantine from before are passed
+    over uncounted: which rows are next then depends on what other teachers rejected meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -61,158 +61,192 @@ class TeacherAnswer:
     work: int
     """Index of the work item."""
     records: tuple[Record, ...]
+    """The rows that were answered."""
+    num_rejected: int
+    """Rows of the batch that the teacher cannot take; they are in the quarantine."""
     result: Any
+    """None when no row was answered."""
 
 
 @dataclass(frozen=True)
-class _Reply:
+class _Asked:
+    """A batch that a teacher has to answer."""
+
+    key: Hashable
     records: tuple[Record, ...]
-    """The rows that were answered."""
-    rejected: tuple[tuple[Record, str], ...]
-    """Rows that the teacher cannot take, with the reason; the others were asked again without them."""
-    answer: bytes | None
-    """What the teacher said, still packed: unpacking it in the caller would load the libraries of its classes. None without a row
-    that was answered."""
-
-
-class _TeacherCaller:
-    """Ray Data UDF: one row in is one pickled batch of records, one row out is the teacher's pickled answer."""
-
-    def __init__(self, teachers: tuple[str, ...], timeout_s: float, max_retries: int) -> None:
-        self._pool = TeacherPool.attach(teachers, window=2, timeout_s=timeout_s, max_retries=max_retries)
-        self._calls = 0
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"work": [], "answer": []}
-        for work_index, teacher, payload in zip(batch["work"], batch["teacher"], batch["payload"], strict=True):
-            out["work"].append(int(work_index))
-            out["answer"].append(pickle.dumps(self._ask(str(teacher), payload)))
-        return out
-
-    def _ask(self, teacher: str, payload: bytes) -> _Reply:
-        content = pickle.loads(payload)  # nosec B301 # written by `_Reader`
-        if isinstance(content, NexusError):
-            return _Reply((), (), pickle.dumps(content))
-        records, method, arguments = content
-        rejected: list[tuple[Record, str]] = []
-        while records:
-            self._calls += 1
-            self._pool.submit(self._calls, teacher, "packed", method, records, *arguments)
-            try:
-                return _Reply(records, tuple(rejected), self._pool.collect(self._calls))
-            except RowsError as error:
-                bad = [record for record in records if record.id in error.reasons]
-                if not bad:
-                    return _Reply((), tuple(rejected), pickle.dumps(error))
-                rejected += [(record, f"{error.what} Found {error.reasons[record.id]}.") for record in bad]
-                records = tuple(record for record in records if record.id not in error.reasons)
-            except NexusError as error:
-                # Carried to the driver as a value: an exception here would be wrapped by Ray Data, and retried.
-                return _Reply((), tuple(rejected), pickle.dumps(error))
-        return _Reply((), tuple(rejected), None)
+    rejected: tuple[Record, ...] = ()
 
 
 class _Reader:
-    """Ray Data UDF: one work item in, its record batches out, streamed."""
+    """Ray Data UDF: the works in, their record batches out, one of each work in turn."""
 
     def __init__(self, works: tuple[TeacherWork, ...], quarantine_dir: str, max_bad_share: float) -> None:
         self._works = works
         self._quarantine_dir = quarantine_dir
         self._max_bad_share = max_bad_share
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
-        for index in batch["work"]:
-            yield from self._read(int(index))
+    def __call__(self, _: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
+        waiting = deque((index, self._batches(work)) for index, work in enumerate(self._works))
+        while waiting:
+            index, batches = waiting.popleft()
+            try:
+                records = next(batches, None)
+            except NexusError as error:
+                # Carried to the driver as a value: an exception here would be wrapped by Ray Data, and retried.
+                yield {"work": [index], "payload": [pickle.dumps(error)]}
+                return
+            if records is not None:
+                yield {"work": [index], "payload": [pickle.dumps(records)]}
+                waiting.append((index, batches))
 
-    def _read(self, index: int) -> Iterator[dict[str, list[Any]]]:
-        work = self._works[index]
-        quarantine = Quarantine(Path(self._quarantine_dir), self._max_bad_share)
-        try:
-            for records in _batched(work, quarantine):
-                yield {
-                    "work": [index],
-                    "teacher": [work.teacher],
-                    "payload": [pickle.dumps((records, work.method, work.arguments))],
-                }
-        except NexusError as error:
-            yield {"work": [index], "teacher": [""], "payload": [pickle.dumps(error)]}
+    def _batches(self, work: TeacherWork) -> Iterator[tuple[Record, ...]]:
+        rows = work_rows(work, Quarantine(Path(self._quarantine_dir), self._max_bad_share))
+        while records := tuple(itertools.islice(rows, work.batch_size)):
+            yield records
 
 
-def _batched(work: TeacherWork, quarantine: Quarantine) -> Iterator[tuple[Record, ...]]:
-    pending: list[Record] = []
-    records = iter_records([Path(path) for path in work.paths], capability=work.capability, quarantine=quarantine)
-    # Rows that the teacher rejected in an earlier run of this folder have no answer there: they are not among those to skip.
-    known = (record for record in records if not quarantine.knows(record))
-    for number, record in enumerate(usable(known, quarantine)):
-        if number < work.skip_rows:
-            continue
-        if work.max_rows is not None and number >= work.skip_rows + work.max_rows:
-            break
-        pending.append(record)
-        if len(pending) == work.batch_size:
-            yield tuple(pending)
-            pending = []
-    if pending:
-        yield tuple(pending)
+def work_rows(work: TeacherWork, quarantine: Quarantine) -> Iterator[Record]:
+    """The rows of a work item in file order; those that cannot be read go to the quarantine.
+
+    Raises:
+        DataError: a file cannot be read, or too many of its rows.
+    """
+    records: Iterable[Record] = iter_records(
+        [Path(path) for path in work.paths], capability=work.capability, quarantine=quarantine
+    )
+    if not work.counts_rejected:
+        # Rows that the teacher rejected in an earlier run of this folder have no answer there: they are not among those to skip.
+        records = (record for record in records if not quarantine.knows(record))
+    end = None if work.max_rows is None else work.skip_rows + work.max_rows
+    return itertools.islice(usable(records, quarantine), work.skip_rows, end)
 
 
 def stream_answers(
     works: Sequence[TeacherWork],
     *,
+    pool: TeacherPool,
     quarantine_dir: Path,
     max_bad_share: float,
     timeout_s: float,
-    max_retries: int,
     name: str,
     check: Callable[[], None] | None = None,
 ) -> Iterator[TeacherAnswer]:
-    """Answers in the order of the works and of their rows; `check` is called while waiting and may raise to end the wait.
+    """The answers of each work in the order of its rows; `check` is called while waiting for rows and may raise to end the wait.
 
-    Rows that a teacher cannot take go to the quarantine.
+    Rows that a teacher cannot take go to the quarantine. Every teacher of `pool` has as many batches in flight as it can take, and no
+    more answers wait here than that.
+
+    Args:
+        timeout_s: longest time without a row being read.
+        name: of the Dataset, on Ray's dashboard.
 
     Raises:
-        NexusError: what reading or a teacher raised, or too many rows of a file that a teacher cannot take; earlier answers have
-            been yielded by then.
+        NexusError: what reading or a teacher raised, or too many rows of a file that a teacher cannot take; answers to the rows
+            before have been yielded by then.
     """
+    stream = _AnswerStream(works, pool, Quarantine(quarantine_dir, max_bad_share), name)
+    try:
+        yield from stream.run(_read(works, quarantine_dir, max_bad_share, timeout_s, name, check))
+    finally:
+        stream.leave()
+
+
+def _read(
+    works: Sequence[TeacherWork],
+    quarantine_dir: Path,
+    max_bad_share: float,
+    timeout_s: float,
+    name: str,
+    check: Callable[[], None] | None,
+) -> Iterator[tuple[int, tuple[Record, ...]]]:
+    """(work, records) of all works, each in turn."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # The default of 30 minutes would hide a hang; one batch is bounded by its own timeout and retries.
-    context.execution_no_progress_timeout_s = int(timeout_s * (max_retries + 2)) + 120
-    quarantine = Quarantine(quarantine_dir, max_bad_share)
-    last_rows: dict[str, int] = {}
-    teachers = tuple(dict.fromkeys(work.teacher for work in works))
+    # The default of 30 minutes would hide a hang.
+    context.execution_no_progress_timeout_s = int(timeout_s) + 120
     reader = _Reader(tuple(works), str(quarantine_dir), max_bad_share)
-    dataset: ray.data.Dataset = ray.data.from_items(
-        [{"work": index} for index in range(len(works))], override_num_blocks=len(works)
-    )
+    dataset: ray.data.Dataset = ray.data.from_items([{"start": 0}], override_num_blocks=1)
     dataset = dataset.map_batches(reader.__call__, batch_size=1, num_cpus=1)
-    dataset = dataset.map_batches(
-        _TeacherCaller,
-        fn_constructor_args=(teachers, timeout_s, max_retries),
-        batch_size=1,
-        num_cpus=0,
-        compute=ActorPoolStrategy(size=min(CALLERS, len(works))),
-    )
     dataset.set_name(name)
     for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
-        for work_index, payload in zip(batch["work"], batch["answer"], strict=True):
-            reply: _Reply = pickle.loads(payload)  # nosec B301 # written by `_TeacherCaller`
-            for record, reason in reply.rejected:
-                quarantine.add_record(record, reason)
-            for record in (*reply.records, *(record for record, _ in reply.rejected)):
-                assert record.source is not None, "records of the stream come from files"
-                last_rows[record.source.file] = max(record.source.row, last_rows.get(record.source.file, 0))
-            for file, row in last_rows.items():
-                quarantine.check(file, row, final=False)
-            if reply.answer is None:
-                continue
-            result = pickle.loads(reply.answer)  # nosec B301 # written by `TeacherActor.packed`
-            if isinstance(result, BaseException):
-                raise result
-            yield TeacherAnswer(int(work_index), reply.records, result)
-    for file, row in last_rows.items():
-        quarantine.check(file, row)
+        for index, payload in zip(batch["work"], batch["payload"], strict=True):
+            content = pickle.loads(payload)  # nosec B301 # written by `_Reader`
+            if isinstance(content, NexusError):
+                raise content
+            yield int(index), content
+
+
+class _AnswerStream:
+    """The batches of one stream that are with the teachers."""
+
+    def __init__(self, works: Sequence[TeacherWork], pool: TeacherPool, quarantine: Quarantine, name: str) -> None:
+        self._works = works
+        self._pool = pool
+        self._quarantine = quarantine
+        self._keys = (("stream", name, number) for number in itertools.count())
+        self._asked: list[deque[_Asked]] = [deque() for _ in works]
+        self._last_rows: dict[str, int] = {}
+
+    def run(self, batches: Iterator[tuple[int, tuple[Record, ...]]]) -> Iterator[TeacherAnswer]:
+        failure: NexusError | None = None
+        while True:
+            try:
+                batch = next(batches, None)
+            except NexusError as error:
+                batch, failure = None, error
+            if batch is None:
+                break
+            index, records = batch
+            while self._is_full(self._works[index].teacher):
+                yield from self._next_answer()
+            self._asked[index].append(self._ask(index, records))
+        while any(self._asked):
+            yield from self._next_answer()
+        if failure is not None:
+            raise failure
+        for file, row in self._last_rows.items():
+            self._quarantine.check(file, row)
+
+    def leave(self) -> None:
+        """Let go of what nobody waits for any more."""
+        if any(self._asked):
+            self._pool.forget()
+
+    def _is_full(self, teacher: str) -> bool:
+        held = sum(len(asked) for work, asked in zip(self._works, self._asked, strict=True) if work.teacher == teacher)
+        return held >= self._pool.capacity(teacher)
+
+    def _ask(self, index: int, records: tuple[Record, ...], rejected: tuple[Record, ...] = ()) -> _Asked:
+        work, key = self._works[index], next(self._keys)
+        self._pool.submit(key, work.teacher, work.method, records, *work.arguments)
+        return _Asked(key, records, rejected)
+
+    def _next_answer(self) -> Iterator[TeacherAnswer]:
+        """Wait for the oldest batch of any work; nothing where its rows have to be asked for again."""
+        heads = {asked[0].key: index for index, asked in enumerate(self._asked) if asked}
+        index = heads[self._pool.collect_first(list(heads))]
+        asked = self._asked[index].popleft()
+        try:
+            result = self._pool.collect(asked.key)
+        except RowsError as error:
+            bad = [record for record in asked.records if record.id in error.reasons]
+            if not bad:
+                raise
+            for record in bad:
+                self._quarantine.add_record(record, f"{error.what} Found {error.reasons[record.id]}.")
+            good = tuple(record for record in asked.records if record.id not in error.reasons)
+            rejected = (*asked.rejected, *bad)
+            if good:
+                self._asked[index].appendleft(self._ask(index, good, rejected))
+                return
+            asked, result = _Asked(asked.key, (), rejected), None
+        for record in (*asked.records, *asked.rejected):
+            assert record.source is not None, "records of the stream come from files"
+            self._last_rows[record.source.file] = max(record.source.row, self._last_rows.get(record.source.file, 0))
+        for file, row in self._last_rows.items():
+            self._quarantine.check(file, row, final=False)
+        yield TeacherAnswer(index, asked.records, len(asked.rejected), result)
 
 
 @dataclass(frozen=True)

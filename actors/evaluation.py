@@ -12,6 +12,7 @@ import ray
 
 from actors.session import Session
 from nexus.artifacts import (
+    TRANSPORTS_FILE,
     Metrics,
     QuantisationTax,
     Retention,
@@ -19,6 +20,7 @@ from nexus.artifacts import (
     StageMetrics,
     StageRecord,
     StrictModel,
+    TransportsFile,
     read_artifact,
     write_artifact,
 )
@@ -167,6 +169,7 @@ def build_metrics(session: Session) -> Metrics:
         throughput=evaluation.throughput,
         stages=stages,
         router=evaluation.router,
+        transports=read_artifact(session.run.path / TRANSPORTS_FILE, TransportsFile).teachers,
         student_parameters=evaluation.student_parameters,
         teacher_parameters=evaluation.teacher_parameters,
         seed=session.config.seed,
@@ -200,7 +203,8 @@ def _student_check(session: Session, source: DataConfig) -> Callable[[Record], N
     """Whether the student has room for a row's prompt and an answer."""
     from transformers import AutoTokenizer
 
-    from nexus.training.setup import TOKENIZER_DIR, student_positions
+    from nexus.student.shipped import student_positions
+    from nexus.training.setup import TOKENIZER_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(session.run.path / TOKENIZER_DIR)
     check = length_check(tokenizer, student_positions(session.config) - source.max_new_tokens)

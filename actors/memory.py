@@ -6,7 +6,12 @@ PSS divides a shared page among its users, so the sum over processes counts Ray'
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -88,6 +93,18 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc's alone
         trim(0)
+
+
+@contextmanager
+def load_turn() -> Iterator[None]:
+    """Waits until no other teacher of this user on this machine is loading: each needs up to two shards beside its weights.
+
+    The system frees the turn of a process that ends, however it ends.
+    """
+    path = Path(tempfile.gettempdir()) / f"nexus-load-{os.getuid()}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _pss_bytes(pid: int) -> int:

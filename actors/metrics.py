@@ -21,12 +21,21 @@ class TeacherMetrics:
             "nexus_teacher_busy_seconds", "Seconds inside the teacher's forward passes", ("teacher",)
         )
         self.weight_bytes = _gauge("nexus_teacher_weight_bytes", "Bytes of the loaded weights", ("teacher",))
+        self.profile_rows = _counter("nexus_profile_rows", "Rows that the teacher was profiled on", ("teacher",))
+        self.profile_seconds = _counter(
+            "nexus_profile_seconds", "Seconds that profiling the teacher took its actors", ("teacher",)
+        )
         self._tags = tags
 
     def answered(self, rows: int, seconds: float) -> None:
         """Count one finished call."""
         self.rows.inc(rows, tags=self._tags)
         self.seconds.inc(max(seconds, 1e-9), tags=self._tags)
+
+    def profiled(self, rows: int, seconds: float) -> None:
+        """Count one finished measurement of a profile."""
+        self.profile_rows.inc(rows, tags=self._tags)
+        self.profile_seconds.inc(max(seconds, 1e-9), tags=self._tags)
 
     def loaded(self, weight_bytes: int) -> None:
         """Show the size of the loaded weights."""

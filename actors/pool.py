@@ -1,5 +1,6 @@
-"""The teachers of a run as one object: create or attach, a bounded window per teacher, timeouts, bounded retries per call.
+"""The teachers of a run as one object: create or attach, a bounded window per actor, timeouts, bounded retries per call.
 
+A teacher may have several replicas; its calls go to whichever has least to do, and it is there as long as one of them is.
 Results are kept under the caller's key until collected, in whatever order they arrive; a caller that collects in its own order
 therefore sees the same values whichever teacher was faster, slower or killed. Retries live here and not in Ray
 (`max_task_retries=0`), because every call is a pure function of its request and a poisonous one must end.
@@ -7,17 +8,18 @@ therefore sees the same values whichever teacher was faster, slower or killed. R
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
-from actors.teacher import CONTROL_GROUP, ActorHealth, LoadReport, TeacherActor
+from actors.teacher import CONTROL_GROUP, ActorHealth, LoadReport, TeacherActor, replica_suffix
 from nexus.errors import NexusError, TeacherUnavailableError
 
 if TYPE_CHECKING:
@@ -26,13 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
+LOADS_AT_ONCE = 2
+"""Teachers of one node that start at once: one loads while the next imports its libraries. Fifteen at once on two cores kept each
+other from answering Ray until it ended them."""
 POLL_S = 0.5
 """Longest single wait inside Ray, so that signals and deadlines are seen."""
 
 
-def actor_name(teacher: str) -> str:
-    """Name under which a teacher's actor is found in the run's namespace."""
-    return f"teacher:{teacher}"
+def actor_name(teacher: str, replica: int = 0) -> str:
+    """Name under which an actor of a teacher is found in the run's namespace: `teacher:ID`, `teacher:ID#2`, `teacher:ID#3`."""
+    return f"teacher:{teacher}{replica_suffix(replica)}"
 
 
 @dataclass
@@ -41,17 +46,26 @@ class _Call:
     teacher: str
     method: str
     arguments: tuple[Any, ...]
+    timeout_s: float
+    """Longest wait for this call alone."""
+    replica: int | None = None
+    """The only replica that may answer; None for any."""
     attempts: int = 0
     deadline: float = 0.0
 
 
 @dataclass
 class _Lane:
-    """One teacher's queue and window."""
+    """One teacher's queue and the windows of its replicas."""
 
-    handle: Any
+    handles: dict[int, Any]
+    """By replica; those that died for good are taken out."""
     waiting: deque[_Call] = field(default_factory=deque)
-    in_flight: dict[Any, _Call] = field(default_factory=dict)
+    in_flight: dict[Any, tuple[int, _Call]] = field(default_factory=dict)
+
+    def load_of(self, replica: int) -> int:
+        """Calls that a replica has in flight."""
+        return sum(flying == replica for flying, _ in self.in_flight.values())
 
 
 class TeacherPool:
@@ -59,7 +73,7 @@ class TeacherPool:
 
     def __init__(
         self,
-        handles: Mapping[str, Any],
+        handles: Mapping[str, Sequence[Any]],
         *,
         window: int,
         timeout_s: float,
@@ -67,8 +81,11 @@ class TeacherPool:
         on_event: Callable[[str, str, str], None] | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """`on_event(kind, teacher, reason)` hears of every retry; `check` is called while waiting and may raise to end the wait."""
-        self._lanes = {teacher: _Lane(handle) for teacher, handle in handles.items()}
+        """`handles` are the replicas of each teacher.
+
+        `on_event(kind, teacher, reason)` hears of every retry; `check` is called while waiting and may raise to end the wait.
+        """
+        self._lanes = {teacher: _Lane(dict(enumerate(replicas))) for teacher, replicas in handles.items()}
         self._window = window
         self._timeout_s = timeout_s
         self._max_retries = max_retries
@@ -82,6 +99,7 @@ class TeacherPool:
         cls,
         specs: Sequence[TeacherSpec],
         *,
+        replicas: Mapping[str, int] | None = None,
         torch_threads: int,
         num_gpus: float,
         window: int,
@@ -90,28 +108,43 @@ class TeacherPool:
         load_timeout_s: float,
         check: Callable[[], None] | None = None,
     ) -> tuple[TeacherPool, dict[str, LoadReport]]:
-        """Create one actor per teacher, load them side by side, and wait for all.
+        """Create the teachers' actors and load them, a few at a time on each node.
+
+        Args:
+            replicas: actors of each teacher; one where nothing is said.
 
         Raises:
             TowerLoadError: from the first teacher that cannot load.
             TeacherUnavailableError: when a teacher does not answer within `load_timeout_s`.
         """
         remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)  # type: ignore[call-overload]  # Ray left it out of its types
-        handles = {
-            spec.id: remote.options(
-                name=actor_name(spec.id),
-                get_if_exists=True,
-                num_cpus=0,
-                num_gpus=num_gpus,
-                max_restarts=MAX_RESTARTS,
-                max_task_retries=0,
-                max_pending_calls=4 * window + 16,
-                allow_out_of_order_execution=True,
-            ).remote(spec, torch_threads)
-            for spec in specs
-        }
-        pool = cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check)
-        return pool, pool.load(load_timeout_s)
+        pool = cls(
+            {spec.id: () for spec in specs}, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check
+        )
+        at_once = LOADS_AT_ONCE * sum(node["Alive"] for node in ray.nodes())
+        reports: dict[Hashable, LoadReport] = {}
+        loading: list[Hashable] = []
+        for spec in specs:
+            for replica in range((replicas or {}).get(spec.id, 1)):
+                if len(loading) == at_once:
+                    first = pool.collect_first(loading)
+                    loading.remove(first)
+                    reports[first] = pool.collect(first)
+                pool._lanes[spec.id].handles[replica] = remote.options(
+                    name=actor_name(spec.id, replica),
+                    get_if_exists=True,
+                    num_cpus=0,
+                    num_gpus=num_gpus,
+                    max_restarts=MAX_RESTARTS,
+                    max_task_retries=0,
+                    max_pending_calls=4 * window + 16,
+                    allow_out_of_order_execution=True,
+                ).remote(spec, torch_threads, replica)
+                key = ("load", spec.id, replica)
+                pool._queue(_Call(key, spec.id, "load", (), load_timeout_s, replica))
+                loading.append(key)
+        reports.update({key: pool.collect(key) for key in loading})
+        return pool, {spec.id: reports["load", spec.id, 0] for spec in specs}
 
     @classmethod
     def attach(
@@ -123,19 +156,18 @@ class TeacherPool:
         max_retries: int,
         on_event: Callable[[str, str, str], None] | None = None,
     ) -> TeacherPool:
-        """The pool of actors that another process of the run created.
+        """The pool of actors that another process of the run created, with all their replicas.
 
         Raises:
             TeacherUnavailableError: when a teacher's actor is not in the namespace.
         """
         handles = {}
         for teacher in teachers:
-            try:
-                handles[teacher] = ray.get_actor(actor_name(teacher))
-            except ValueError:
+            handles[teacher] = list(_existing(teacher))
+            if not handles[teacher]:
                 raise TeacherUnavailableError(
                     f"Expected the actor {actor_name(teacher)!r} in this run's namespace, found none. Start the run again."
-                ) from None
+                )
         return cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, on_event=on_event)
 
     @property
@@ -143,30 +175,37 @@ class TeacherPool:
         """Ids in the order of creation."""
         return tuple(self._lanes)
 
-    def load(self, timeout_s: float) -> dict[str, LoadReport]:
-        """Load every teacher; returns the reports by id."""
-        keys = {teacher: ("load", teacher) for teacher in self._lanes}
-        for teacher, key in keys.items():
-            self.submit(key, teacher, "load")
-        return {teacher: self.collect(key, timeout_s=timeout_s) for teacher, key in keys.items()}
+    def num_replicas(self, teacher: str) -> int:
+        """Actors of a teacher that have not died for good."""
+        return len(self._lanes[teacher].handles)
 
-    def health(self, teacher: str, *, timeout_s: float = 5.0) -> ActorHealth:
-        """Health of one teacher through its control group, also while it works."""
-        handle = self._lanes[teacher].handle
+    def capacity(self, teacher: str) -> int:
+        """Calls that a teacher's actors take at once, running and next in line."""
+        return self._window * self.num_replicas(teacher)
+
+    def health(self, teacher: str, *, replica: int = 0, timeout_s: float = 5.0) -> ActorHealth:
+        """Health of one actor of a teacher through its control group, also while it works."""
+        handle = self._lanes[teacher].handles[replica]
         reference = handle.health.options(concurrency_group=CONTROL_GROUP).remote()
         try:
             return ray.get(reference, timeout=timeout_s)
         except (GetTimeoutError, RayActorError) as error:
             raise TeacherUnavailableError(
-                f"Expected {actor_name(teacher)} to answer within {timeout_s:g} s, found {type(error).__name__}."
+                f"Expected {actor_name(teacher, replica)} to answer within {timeout_s:g} s, found {type(error).__name__}."
             ) from None
 
     def submit(self, key: Hashable, teacher: str, method: str, *arguments: Any) -> None:
-        """Queue one call; it starts as soon as the teacher's window has room."""
-        assert key not in self._pending | self._done.keys(), f"key {key!r} is in use"
-        self._pending.add(key)
-        self._lanes[teacher].waiting.append(_Call(key, teacher, method, arguments))
-        self._pump()
+        """Queue one call; it starts as soon as the window of a replica has room."""
+        self._queue(_Call(key, teacher, method, arguments, self._timeout_s))
+
+    def collect_first(self, keys: Sequence[Hashable]) -> Hashable:
+        """The first of `keys` whose call is done, as soon as one is; its result, or error, is for `collect`."""
+        assert all(key in self._pending or key in self._done for key in keys), "nothing was submitted under a key"
+        while True:
+            for key in keys:
+                if key in self._done:
+                    return key
+            self._poll()
 
     def collect(self, key: Hashable, *, timeout_s: float | None = None) -> Any:
         """The result of the call under `key`; other results that arrive meanwhile are kept.
@@ -196,14 +235,26 @@ class TeacherPool:
         self._done.clear()
         self._pending.clear()
 
+    def _queue(self, call: _Call) -> None:
+        assert call.key not in self._pending | self._done.keys(), f"key {call.key!r} is in use"
+        self._pending.add(call.key)
+        self._lanes[call.teacher].waiting.append(call)
+        self._pump()
+
     def _pump(self) -> None:
         for lane in self._lanes.values():
-            while lane.waiting and len(lane.in_flight) < self._window:
-                call = lane.waiting.popleft()
+            while lane.waiting:
+                call = lane.waiting[0]
+                # Of equals the first.
+                replica = min(lane.handles, key=lane.load_of) if call.replica is None else call.replica
+                if lane.load_of(replica) >= self._window:
+                    break
+                lane.waiting.popleft()
                 call.attempts += 1
-                call.deadline = time.monotonic() + self._timeout_s
-                reference = getattr(lane.handle, call.method).remote(*call.arguments)
-                lane.in_flight[reference] = call
+                # An actor takes one call after the other.
+                call.deadline = time.monotonic() + call.timeout_s * (lane.load_of(replica) + 1)
+                reference = getattr(lane.handles[replica], call.method).remote(*call.arguments)
+                lane.in_flight[reference] = (replica, call)
 
     def _poll(self) -> None:
         if self._check:
@@ -214,24 +265,29 @@ class TeacherPool:
             self._receive(flying[reference], reference)
         now = time.monotonic()
         for lane in self._lanes.values():
-            for reference, call in list(lane.in_flight.items()):
+            for reference, (_, call) in list(lane.in_flight.items()):
                 if now > call.deadline:
                     del lane.in_flight[reference]
-                    self._retry(lane, call, f"no answer within {self._timeout_s:g} s")
+                    self._retry(lane, call, f"no answer within {call.timeout_s:g} s")
         self._pump()
 
     def _receive(self, lane: _Lane, reference: Any) -> None:
-        call = lane.in_flight.pop(reference)
+        replica, call = lane.in_flight.pop(reference)
         try:
             self._finish(call, ray.get(reference))
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             self._finish(call, cause if isinstance(cause, NexusError) else error)
         except ActorDiedError as error:
+            if len(lane.handles) > 1 and call.replica is None:
+                lane.handles.pop(replica, None)
+                logger.warning("%s died for good, the other replicas go on", actor_name(call.teacher, replica))
+                lane.waiting.appendleft(call)
+                return
             self._finish(
                 call,
                 TeacherUnavailableError(
-                    f"{actor_name(call.teacher)} died for good after {MAX_RESTARTS} restarts: {_one_line(error)}. "
+                    f"{actor_name(call.teacher, replica)} died for good after {MAX_RESTARTS} restarts: {_one_line(error)}. "
                     "Run the same command again; completed work is kept."
                 ),
             )
@@ -258,6 +314,15 @@ class TeacherPool:
     def _finish(self, call: _Call, result: Any) -> None:
         self._pending.discard(call.key)
         self._done[call.key] = result
+
+
+def _existing(teacher: str) -> Iterator[Any]:
+    """Handles of a teacher's actors: their numbers have no gaps."""
+    for replica in itertools.count():
+        try:
+            yield ray.get_actor(actor_name(teacher, replica))
+        except ValueError:
+            return
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,60 +1,93 @@
-"""The profile stage's two passes: rows in rounds until each teacher's critical layers are stable, then a few rows once more."""
+"""The profile stage's two passes: rows in rounds until each teacher's critical layers are stable, then a few rows once more.
+
+Every answer is folded into what is known of its teacher as soon as it is there, in the order of the rows: memory does not grow with
+their number, and neither replicas nor restarts change a bit. What is known is journalled, so that rows are measured once.
+"""
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from actors.dataflow import TeacherWork, stream_answers
+import ray
+
+import nexus
+from actors.dataflow import TeacherWork
+from nexus.artifacts import fingerprint_of, sha256_of
 from nexus.config import resolve_path
+from nexus.data.loader import iter_records
+from nexus.data.quarantine import Quarantine
 from nexus.errors import DataError
 from nexus.profiling.consolidation import merge_measurements
+from nexus.profiling.journal import ConfirmedRows, MeasuredRows, ProfileJournal
 from nexus.profiling.sampling import Reservoir, SamplingPlan, is_stable
+from nexus.towers.rows import RowsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from actors.session import Session
+    from nexus.config import DataConfig
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 
 
 @dataclass
 class TeacherKnowledge:
-    """What is known of one teacher so far."""
+    """What is known of one teacher so far, by capability."""
 
-    kept: Reservoir[tuple[str, Record]]
-    """(capability, row) of the second pass."""
-    by_capability: dict[str, list[BatchMeasurement]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows that are done, from the front of the data; rejected ones among them."""
+    measured: dict[str, BatchMeasurement] = field(default_factory=dict)
     exhausted: set[str] = field(default_factory=set)
     """Capabilities without further rows."""
-    num_rows: int = 0
     stopped_early: bool = False
     is_complete: bool = False
     """Whether no further rows are wanted: stable, at the limit, or none left."""
 
     @property
-    def measurements(self) -> list[BatchMeasurement]:
-        """Of all capabilities."""
-        return [part for parts in self.by_capability.values() for part in parts]
+    def num_samples(self) -> int:
+        """Rows that were measured."""
+        return sum(len(measurement.sample_ids) for measurement in self.measured.values())
 
 
-class ProfilingRound:
+class ProfilingRounds:
     """Streams labelled rows to the teachers until their profiles are known."""
 
-    def __init__(self, session: Session) -> None:
-        settings = session.config.profile
+    def __init__(self, session: Session, journal: ProfileJournal) -> None:
+        """Takes up what `journal` knows of these teachers, settings and rows."""
         self._session = session
-        self.teachers = {
-            teacher.id: TeacherKnowledge(Reservoir(settings.confirm_samples)) for teacher in session.config.teachers
-        }
-        for teacher in session.config.teachers:
+        self._journal = journal
+        self.teachers = {teacher.id: TeacherKnowledge() for teacher in session.teachers}
+        self.fingerprints: dict[tuple[str, str], str] = {}
+        """By teacher and capability: of everything that a measurement depends on."""
+        self.earlier_seconds = 0.0
+        """Wall-clock time of earlier processes."""
+        hashes: dict[str, list[str]] = {}
+        for teacher in session.teachers:
             for capability in teacher.capabilities:
-                if not session.config.data_of(capability).labelled:
+                source = session.config.data_of(capability)
+                if not source.labelled:
                     raise DataError(
                         f"Expected labelled rows of capability {capability!r} to profile {teacher.id} on, found none. "
                         f"Name a file under data.{capability}.labelled."
                     )
+                if capability not in hashes:
+                    hashes[capability] = [sha256_of(resolve_path(path)) for path in source.labelled]
+                self.fingerprints[teacher.id, capability] = fingerprint_of(
+                    [
+                        nexus.__version__,
+                        session.fingerprints[teacher.id],
+                        session.config.fingerprint("profile", "seed"),
+                        source.model_dump(mode="json", include={"snr_db", "answer", "max_new_tokens"}),
+                        hashes[capability],
+                    ]
+                )
+                self._take_up(teacher.id, capability)
 
     def run(self, start: float) -> bool:
         """Measure; return whether the budget, counted from `start` (of `time.perf_counter`), was spent before all was known."""
@@ -63,92 +96,255 @@ class ProfilingRound:
         # Under a budget every teacher gets one batch first, so that each has a profile when time is up.
         first = min(settings.batch_size, looks[0])
         counts = looks if settings.budget_seconds is None or first == looks[0] else (first, *looks)
-        done = 0
         for index, count in enumerate(counts):
             budget = None if index == 0 else settings.budget_seconds
-            if not self._measure(done, count - done, start, budget):
-                return True
-            done = count
-            for teacher in self._session.config.teachers:
+            try:
+                if not self._measure(count, start, budget):
+                    return True
+            finally:
+                self._journal.flush()
+            for teacher in self._session.teachers:
                 known = self.teachers[teacher.id]
                 if known.is_complete:
                     continue
                 known.is_complete = count == settings.max_samples or known.exhausted.issuperset(teacher.capabilities)
-                if not known.is_complete and count in looks:
-                    merged = merge_measurements(known.measurements)
+                # An earlier process that went on behind this count had found the layers not stable at it.
+                if not known.is_complete and count in looks and max(known.rows.values()) <= count:
+                    merged = merge_measurements(list(known.measured.values()))
                     known.is_complete = known.stopped_early = is_stable(merged, seed=self._session.config.seed)
+                if known.is_complete:
+                    self._session.reporter.progress(f"profile {teacher.id}", known.num_samples, known.num_samples)
             if all(known.is_complete for known in self.teachers.values()):
                 break
         return False
 
-    def _measure(self, skip_rows: int, max_rows: int, start: float, budget_seconds: float | None) -> bool:
-        """Measure one round of rows; return whether there was time for all of it."""
+    def _take_up(self, teacher: str, capability: str) -> None:
+        known = self.teachers[teacher]
+        known.rows[capability] = 0
+        entry = self._journal.read((teacher, capability), self.fingerprints[teacher, capability], MeasuredRows)
+        if entry is None:
+            return
+        known.rows[capability] = entry.num_rows
+        if entry.measurement is not None:
+            known.measured[capability] = entry.measurement
+        self.earlier_seconds = max(self.earlier_seconds, entry.seconds)
+        self._session.reporter.line(f"profile: {teacher} continues after {entry.num_rows} rows of {capability}")
+
+    def _measure(self, count: int, start: float, budget_seconds: float | None) -> bool:
+        """Measure each capability's first `count` rows as far as they are not; return whether there was time for all of it."""
         session = self._session
-        config = session.config
         works = [
-            TeacherWork(
-                teacher=teacher.id,
-                capability=capability,
-                paths=tuple(str(resolve_path(path).resolve()) for path in config.data_of(capability).labelled),
-                skip_rows=skip_rows,
-                max_rows=max_rows,
-                method="measure",
-                arguments=(config.profile.strategy, config.data_of(capability).snr_db),
-                batch_size=config.profile.batch_size,
-            )
-            for teacher in config.teachers
+            _work(session, teacher.id, capability, known.rows[capability], count - known.rows[capability])
+            for teacher in session.teachers
             for capability in teacher.capabilities
-            if not self.teachers[teacher.id].is_complete and capability not in self.teachers[teacher.id].exhausted
+            if not (known := self.teachers[teacher.id]).is_complete
+            and capability not in known.exhausted
+            and known.rows[capability] < count
         ]
-        rows = [0] * len(works)
-        for answer in stream_answers(
-            works,
-            quarantine_dir=session.run.path / "quarantine",
-            max_bad_share=config.quarantine.max_bad_share,
-            timeout_s=config.distill.target_timeout_s,
-            max_retries=config.distill.max_retries,
-            name="nexus profile",
-            check=session.check_signals,
-        ):
-            session.check_signals()
-            if budget_seconds is not None and time.perf_counter() - start >= budget_seconds:
-                return False
-            work, known = works[answer.work], self.teachers[works[answer.work].teacher]
-            known.by_capability.setdefault(work.capability, []).append(answer.result)
-            known.num_rows += len(answer.records)
-            ids = [f"{work.capability}/{record.id}" for record in answer.records]
-            known.kept.offer(ids, [(work.capability, record) for record in answer.records])
-            rows[answer.work] += len(answer.records)
-            session.reporter.progress(
-                "profile", sum(known.num_rows for known in self.teachers.values()), None, work.teacher
-            )
-        # Rows that a teacher refused are missing too, but no more of them than a run bears.
-        refused = math.ceil(config.quarantine.max_bad_share * max_rows)
-        for work, count in zip(works, rows, strict=True):
-            if count == 0 or count < max_rows - refused:
-                self.teachers[work.teacher].exhausted.add(work.capability)
+        if not works:
+            return True
+        with closing(session.stream(works, "nexus profile")) as answers:
+            for answer in answers:
+                seconds = time.perf_counter() - start
+                if budget_seconds is not None and seconds >= budget_seconds:
+                    return False
+                teacher, capability = works[answer.work].teacher, works[answer.work].capability
+                known = self.teachers[teacher]
+                known.rows[capability] += len(answer.records) + answer.num_rejected
+                if answer.records:
+                    before = known.measured.get(capability)
+                    known.measured[capability] = merge_measurements(
+                        [answer.result] if before is None else [before, answer.result]
+                    )
+                self._journal.note(
+                    (teacher, capability),
+                    self.fingerprints[teacher, capability],
+                    MeasuredRows(known.rows[capability], known.measured.get(capability), seconds),
+                )
+                limit = session.config.profile.max_samples * len(known.rows)
+                session.reporter.progress(f"profile {teacher}", sum(known.rows.values()), limit)
+        for work in works:
+            known = self.teachers[work.teacher]
+            if known.rows[work.capability] < count:
+                known.exhausted.add(work.capability)
         return True
 
 
-def confirm_profile(
-    session: Session, teacher: str, known: TeacherKnowledge, plan: ConfirmationPlan
-) -> list[ConfirmationMeasurement]:
-    """Run the second pass of one teacher over its kept rows, batch by batch."""
-    from nexus.towers.engine import AnswerCheck
+class ConfirmationRound:
+    """The second pass: some rows of the first once more, of all teachers at once."""
 
+    def __init__(self, session: Session, journal: ProfileJournal, rounds: ProfilingRounds) -> None:
+        self._session = session
+        self._journal = journal
+        self._rounds = rounds
+        self._quarantine = Quarantine(session.run.path / "quarantine", session.config.quarantine.max_bad_share)
+        self._batches: dict[str, list[_ConfirmationBatch]] = {}
+
+    def ask(self, teacher: str, plan: ConfirmationPlan) -> None:
+        """Let a teacher begin with what is not journalled."""
+        from nexus.towers.engine import AnswerCheck
+
+        config = self._session.config
+        known = self._rounds.teachers[teacher]
+        rows = _kept_rows(self._session, known)
+        # Verification is equivalent where the whole completion is the answer. One teacher's rows are all judged in one way.
+        is_generated = any(config.data_of(capability).answer != "exact" for capability in rows)
+        fingerprint = fingerprint_of(
+            [[self._rounds.fingerprints[teacher, name], count] for name, count in sorted(known.rows.items())]
+        )
+        # Once for all batches: its bases are as large as the teacher is wide, times their number.
+        plan_reference = ray.put(plan)
+        self._batches[teacher] = []
+        for capability, records in rows.items():
+            source = config.data_of(capability)
+            check = AnswerCheck(source.answer, source.max_new_tokens) if is_generated else None
+            for first in range(0, len(records), config.profile.batch_size):
+                batch = _ConfirmationBatch(
+                    name=(teacher, f"{capability}-confirm-{first:05d}"),
+                    fingerprint=fingerprint,
+                    records=tuple(records[first : first + config.profile.batch_size]),
+                    arguments=(plan_reference, config.profile.strategy, source.snr_db, check),
+                )
+                batch.entry = self._journal.read(batch.name, fingerprint, ConfirmedRows)
+                self._batches[teacher].append(batch)
+                if batch.entry is None:
+                    self._session.pool.submit(batch.key, teacher, "confirm", batch.records, *batch.arguments)
+
+    def collect(self, teacher: str) -> list[ConfirmationMeasurement]:
+        """Wait for a teacher's measurements, in the order of their rows."""
+        found = []
+        for batch in self._batches[teacher]:
+            if batch.entry is None:
+                batch.entry = ConfirmedRows(
+                    tuple(record.id for record in batch.records), self._wait_for(teacher, batch)
+                )
+                self._journal.write(batch.name, batch.fingerprint, batch.entry)
+            if batch.entry.measurement is not None:
+                found.append(batch.entry.measurement)
+        return found
+
+    def _wait_for(self, teacher: str, batch: _ConfirmationBatch) -> ConfirmationMeasurement | None:
+        pool = self._session.pool
+        records = batch.records
+        while True:
+            try:
+                return pool.collect(batch.key)
+            except RowsError as error:
+                for record in records:
+                    if record.id in error.reasons:
+                        self._quarantine.add_record(record, f"{error.what} Found {error.reasons[record.id]}.")
+                good = tuple(record for record in records if record.id not in error.reasons)
+                if len(good) == len(records):
+                    raise
+                if not good:
+                    return None
+                records = good
+                pool.submit(batch.key, teacher, "confirm", records, *batch.arguments)
+
+
+@dataclass
+class _ConfirmationBatch:
+    name: tuple[str, str]
+    fingerprint: str
+    records: tuple[Record, ...]
+    arguments: tuple[object, ...]
+    entry: ConfirmedRows | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("confirm", *self.name)
+
+
+def profile_teachers(session: Session, journal: ProfileJournal, start: float) -> Iterator[TeacherResult]:
+    """Measure and yield what is known of each teacher, in their order.
+
+    Args:
+        start: of the stage, of `time.perf_counter`.
+
+    Raises:
+        DataError: a teacher has no row to be profiled on.
+    """
+    from nexus.profiling.consolidation import plan_confirmation
+
+    rounds = ProfilingRounds(session, journal)
+    spent = rounds.run(start - rounds.earlier_seconds)
+    second = ConfirmationRound(session, journal, rounds)
+    merged: dict[str, BatchMeasurement] = {}
+    plans: dict[str, ConfirmationPlan] = {}
+    for teacher, known in rounds.teachers.items():
+        if not known.measured:
+            raise DataError(
+                f"Expected rows to profile {teacher} on, found none readable. See quarantine/ in the run directory."
+            )
+        merged[teacher] = merge_measurements(list(known.measured.values()))
+        plans[teacher] = plan_confirmation(merged[teacher], seed=session.config.seed)
+        second.ask(teacher, plans[teacher])
+    for teacher, known in rounds.teachers.items():
+        yield TeacherResult(
+            teacher=teacher,
+            merged=merged[teacher],
+            capabilities=known.measured,
+            plan=plans[teacher],
+            confirmations=second.collect(teacher),
+            is_partial=spent and not known.is_complete,
+            stopped_early=known.stopped_early,
+            seconds=time.perf_counter() - start + rounds.earlier_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class TeacherResult:
+    """All that was measured of one teacher."""
+
+    teacher: str
+    merged: BatchMeasurement
+    capabilities: Mapping[str, BatchMeasurement]
+    plan: ConfirmationPlan
+    confirmations: Sequence[ConfirmationMeasurement]
+    is_partial: bool
+    stopped_early: bool
+    seconds: float
+    """Since the stage began, with those of earlier processes."""
+
+
+def _work(session: Session, teacher: str, capability: str, skip_rows: int, max_rows: int) -> TeacherWork:
     config = session.config
-    rows: dict[str, list[Record]] = {}
-    for capability, record in known.kept.rows():
-        rows.setdefault(capability, []).append(record)
-    sources = {capability: config.data_of(capability) for capability in rows}
-    # Verification is equivalent where the whole completion is the answer. One teacher's rows are all judged in one way.
-    is_generated = any(source.answer != "exact" for source in sources.values())
-    keys = []
-    for capability, records in rows.items():
-        source = sources[capability]
-        check = AnswerCheck(source.answer, source.max_new_tokens) if is_generated else None
-        for first in range(0, len(records), config.profile.batch_size):
-            part = tuple(records[first : first + config.profile.batch_size])
-            keys.append(("confirm", teacher, capability, first))
-            session.pool.submit(keys[-1], teacher, "confirm", part, plan, config.profile.strategy, source.snr_db, check)
-    return [session.pool.collect(key) for key in keys]
+    source = config.data_of(capability)
+    return TeacherWork(
+        teacher=teacher,
+        capability=capability,
+        paths=tuple(str(resolve_path(path).resolve()) for path in source.labelled),
+        skip_rows=skip_rows,
+        max_rows=max_rows,
+        method="measure",
+        arguments=(config.profile.strategy, source.snr_db),
+        batch_size=config.profile.batch_size,
+        counts_rejected=True,
+    )
+
+
+def _kept_rows(session: Session, known: TeacherKnowledge) -> dict[str, list[Record]]:
+    """By capability, the rows of the second pass, by their ids; read once more, because only their ids are remembered."""
+    kept: Reservoir[tuple[str, str]] = Reservoir(session.config.profile.confirm_samples)
+    for capability, measurement in known.measured.items():
+        ids = measurement.sample_ids
+        kept.offer([f"{capability}/{row_id}" for row_id in ids], [(capability, row_id) for row_id in ids])
+    wanted: dict[str, Counter[str]] = {}
+    for capability, row_id in kept.rows():
+        wanted.setdefault(capability, Counter())[row_id] += 1
+    rows = {}
+    for capability, missing in wanted.items():
+        rows[capability] = sorted(_find(session, session.config.data_of(capability), missing), key=lambda row: row.id)
+    return rows
+
+
+def _find(session: Session, source: DataConfig, missing: Counter[str]) -> Iterator[Record]:
+    # Bad rows have been written down when they were read first.
+    quarantine = Quarantine(None, session.config.quarantine.max_bad_share)
+    paths = [resolve_path(path).resolve() for path in source.labelled]
+    for record in iter_records(paths, capability=source.capability, quarantine=quarantine):
+        if missing[record.id] > 0:
+            missing[record.id] -= 1
+            yield record
+            if not any(missing.values()):
+                return

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import signal
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from actors.cluster import ClusterSession, ClusterTarget, connect, prepare_environment, resolve_cluster
 from actors.memory import MemoryMeter
 from nexus.artifacts import read_artifact
-from nexus.config import Role, RunConfig
+from nexus.config import Role, RunConfig, TeacherConfig
 from nexus.errors import ConfigError, NexusError, StageFailedError
 from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
+    from actors.dataflow import TeacherAnswer, TeacherWork
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
     from nexus.towers.registry import TeacherSpec
@@ -72,9 +74,15 @@ class Session:
         dashboard: bool,
         reporter: Reporter,
         models_dir: Path | None = None,
+        teachers: Sequence[str] | None = None,
     ) -> None:
-        """Resolves `cluster` and claims `out`, but starts nothing."""
+        """Resolves `cluster` and claims `out`, but starts nothing; `teachers` are the ids of those to load, None for all.
+
+        Raises:
+            ConfigError: the run has no teacher of such an id.
+        """
         self.config = config
+        self.teachers = _chosen(config, teachers)
         self.reporter = reporter
         self.target: ClusterTarget = resolve_cluster(cluster)
         self.run = RunDirectory(out.resolve(), config)
@@ -153,18 +161,25 @@ class Session:
         return self._cluster
 
     @property
+    def has_all_teachers(self) -> bool:
+        """Whether no teacher of the run is left out."""
+        return self.teachers == self.config.teachers
+
+    @property
     def pool(self) -> TeacherPool:
-        """All teachers of the run, loaded."""
+        """The teachers, loaded."""
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
             from actors.pool import TeacherPool
 
             specs = self.specs
+            replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
+                replicas=replicas,
                 torch_threads=self.config.cluster.torch_threads,
-                num_gpus=self.gpu_share(len(specs) + 1),
+                num_gpus=self.gpu_share(sum(replicas.values()) + 1),
                 window=self.config.distill.window,
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,
@@ -192,7 +207,7 @@ class Session:
 
     @property
     def specs(self) -> list[TeacherSpec]:
-        """What each teacher is loaded from; absolute paths, because Ray's workers have another working directory.
+        """What each teacher to load is loaded from; absolute paths, because Ray's workers have another working directory.
 
         Raises:
             TowerLoadError: when a teacher's files are not on this machine.
@@ -200,7 +215,7 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
-        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.config.teachers]
+        found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.teachers]
         return [
             dataclasses.replace(
                 spec,
@@ -208,7 +223,7 @@ class Session:
                 path=str(Path(spec.path).absolute()),
                 base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
             )
-            for teacher, spec in zip(self.config.teachers, found, strict=True)
+            for teacher, spec in zip(self.teachers, found, strict=True)
         ]
 
     def check_inputs(self) -> None:
@@ -221,37 +236,29 @@ class Session:
         """
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
-        from nexus.towers.registry import nearest, shipped_config
 
-        preset = self.config.student.preset
-        presets = tuple(sorted(path.stem for path in shipped_config("student/quickstart.yaml").parent.glob("*.yaml")))
-        if preset not in presets:
-            raise ConfigError(
-                f"Expected student.preset to be one of {', '.join(presets)}, found {preset!r}{nearest(preset, presets)} "
-                "Correct it."
-            )
-        self._check_positions(shipped_config(f"student/{preset}.yaml"))
+        self._check_positions()
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
                 if texts:
                     iter_records([resolve_path(text) for text in texts], capability=source.capability, quarantine=None)
 
-    def _check_positions(self, preset: Path) -> None:
+    def _check_positions(self) -> None:
         """Refuse lengths that the student has no positions for."""
-        import yaml
+        from nexus.student.shipped import student_positions
 
-        positions = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]["max_position_embeddings"]
+        preset, positions = self.config.student.preset, student_positions(self.config)
         if self.config.student.max_length > positions:
             raise ConfigError(
-                f"Expected student.max_length of at most {positions}, the positions of preset {preset.stem!r}, found "
+                f"Expected student.max_length of at most {positions}, the positions of preset {preset!r}, found "
                 f"{self.config.student.max_length}. Lower it."
             )
         for source in self.config.data:
             if source.max_new_tokens >= positions:
                 raise ConfigError(
                     f"Expected data.{source.capability}.max_new_tokens to leave room for a prompt in the {positions} positions of "
-                    f"preset {preset.stem!r}, found {source.max_new_tokens}. Lower it."
+                    f"preset {preset!r}, found {source.max_new_tokens}. Lower it."
                 )
 
     def checkpoint_of(self, teacher_id: str) -> Path:
@@ -286,6 +293,25 @@ class Session:
 
             self._student = remote_student(self)
         return self._student
+
+    def stream(self, works: Sequence[TeacherWork], name: str) -> Generator[TeacherAnswer, None, None]:
+        """The loaded teachers' answers to the works' rows (`actors.dataflow.stream_answers`); `name` is shown on Ray's dashboard.
+
+        Signals are looked at before each answer is given out.
+        """
+        from actors.dataflow import stream_answers
+
+        for answer in stream_answers(
+            works,
+            pool=self.pool,
+            quarantine_dir=self.run.path / "quarantine",
+            max_bad_share=self.config.quarantine.max_bad_share,
+            timeout_s=self.config.distill.target_timeout_s,
+            name=name,
+            check=self.check_signals,
+        ):
+            self.check_signals()
+            yield answer
 
     def wait_for(self, reference: Any, *, timeout_s: float = 3600.0) -> Any:
         """The result behind a reference of this run's own actors.
@@ -336,3 +362,16 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
+
+
+def _chosen(config: RunConfig, ids: Sequence[str] | None) -> tuple[TeacherConfig, ...]:
+    """The teachers with these ids, in the order of the configuration."""
+    from nexus.towers.registry import nearest
+
+    known = tuple(teacher.id for teacher in config.teachers)
+    for name in ids or ():
+        if name not in known:
+            raise ConfigError(
+                f"Expected teachers of this run ({', '.join(known)}), found {name!r}{nearest(name, known)} Correct --teachers."
+            )
+    return tuple(teacher for teacher in config.teachers if ids is None or teacher.id in ids)

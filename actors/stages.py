@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.session import FACTS_FILE, Interrupted, Session
-from nexus.artifacts import NIWTProfile, StageRecord, read_artifact, write_artifact
+from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, resolve_path
-from nexus.errors import DataError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherWork
     from actors.trainer import TrainerProgress
+    from nexus.profiling.journal import ProfileJournal
     from nexus.training.facts import TeacherFacts
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -69,13 +69,17 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
         session.memory.reset()
         start = time.perf_counter()
         outputs, summary = _run(stage, session, inject_spike)
-        records[stage] = session.run.complete(
+        # What was done for some of the teachers is journalled; the stage is complete when it was done for all.
+        finish = session.run.complete if session.has_all_teachers else session.run.describe
+        records[stage] = finish(
             stage,
             seconds=time.perf_counter() - start,
             peak_memory_gib=session.memory.peak_gib,
             outputs=outputs,
             summary=summary,
         )
+        if stage == "profile" and session.has_all_teachers:
+            profile_journal(session).remove()
         if stage == "report":
             # Once more, now with the cost of the report itself.
             from actors.evaluation import write_metrics
@@ -113,53 +117,51 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
     """Measure what each layer of each teacher is worth, on labelled rows streamed by Ray Data; two files per teacher.
 
     Rows come in rounds, after which teachers whose critical layers are stable get no more. What the second pass of a profile needs
-    of the first (`nexus.profiling.consolidation`) is then measured on a few rows that were kept.
+    of the first (`nexus.profiling.consolidation`) is then measured on a few rows that were kept. An interrupted stage continues from
+    its journal.
     """
-    from actors.profiling import ProfilingRound, confirm_profile
-    from nexus.profiling.consolidation import consolidate, merge_measurements, plan_confirmation, write_tensors
+    from actors.profiling import profile_teachers
+    from nexus.profiling.consolidation import consolidate, write_tensors
     from nexus.profiling.sampling import budget_note
 
     config = session.config
     reports = session.load_reports
-    start = time.perf_counter()
-    rounds = ProfilingRound(session)
-    spent = rounds.run(start)
     outputs = []
     summary: Summary = {}
-    for teacher in config.teachers:
-        known = rounds.teachers[teacher.id]
-        if not known.measurements:
-            raise DataError(
-                f"Expected rows to profile {teacher.id} on, found none readable. See quarantine/ in the run directory."
-            )
-        merged = merge_measurements(known.measurements)
-        plan = plan_confirmation(merged, seed=config.seed)
-        confirmations = confirm_profile(session, teacher.id, known, plan)
-        path = session.run.path / "profile" / f"{teacher.id}.json"
+    for found in profile_teachers(session, profile_journal(session), time.perf_counter()):
+        path = session.run.path / "profile" / f"{found.teacher}.json"
         tensors = path.with_suffix(".safetensors")
-        if plan.critical_layers:
-            write_tensors(tensors, merged, plan)
+        if found.plan.critical_layers:
+            write_tensors(tensors, found.merged, found.plan)
             outputs.append(tensors)
-        is_partial = spent and not known.is_complete
+        num_samples = len(found.merged.sample_ids)
         result: NIWTProfile = consolidate(
-            known.measurements,
-            teacher=teacher.id,
-            revision=reports[teacher.id].fingerprint,
-            strategy=config.profile.strategy,
-            seconds=time.perf_counter() - start,
+            [found.merged],
+            teacher=found.teacher,
+            revision=reports[found.teacher].fingerprint,
+            seconds=found.seconds,
             seed=config.seed,
-            partial=is_partial,
-            note=budget_note(known.num_rows, config.profile.budget_seconds or 0.0) if is_partial else None,
-            confirmations=confirmations,
-            capabilities={name: parts for name, parts in known.by_capability.items() if parts},
-            stopped_early=known.stopped_early,
+            partial=found.is_partial,
+            note=budget_note(num_samples, config.profile.budget_seconds or 0.0) if found.is_partial else None,
+            confirmations=found.confirmations,
+            capabilities={name: [part] for name, part in found.capabilities.items()},
+            stopped_early=found.stopped_early,
             tensors=tensors.name,
         )
         write_artifact(path, result)
         outputs.append(path)
         critical = " ".join(str(layer.layer) for layer in result.critical_layers) or "none"
-        summary[teacher.id] = f"critical layers {critical} of {result.num_layers}{', partial' if is_partial else ''}"
+        summary[found.teacher] = (
+            f"critical layers {critical} of {result.num_layers}{', partial' if found.is_partial else ''}"
+        )
     return outputs, summary
+
+
+def profile_journal(session: Session) -> ProfileJournal:
+    """What an unfinished profile stage has measured."""
+    from nexus.profiling.journal import ProfileJournal
+
+    return ProfileJournal(session.run.path / "profile" / "journal")
 
 
 # --- extract ------------------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def profile(session: Session) -> tuple[list[Path], Summary]:
 
 def extract(session: Session) -> tuple[list[Path], Summary]:
     """Let the language teachers answer the unlabelled prompts, once, to Parquet; continued file by file after an interruption."""
-    from actors.dataflow import TeacherWork, stream_answers
+    from actors.dataflow import TeacherWork
     from nexus.data.targets import TargetWriter
 
     config = session.config
@@ -198,17 +200,9 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
         )
     if works:
         done = 0
-        for answer in stream_answers(
-            works,
-            quarantine_dir=session.run.path / "quarantine",
-            max_bad_share=config.quarantine.max_bad_share,
-            timeout_s=config.distill.target_timeout_s,
-            max_retries=config.distill.max_retries,
-            name="nexus extract",
-            check=session.check_signals,
-        ):
-            session.check_signals()
-            writers[answer.work].write(answer.records, answer.result)
+        for answer in session.stream(works, "nexus extract"):
+            if answer.records:
+                writers[answer.work].write(answer.records, answer.result)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[answer.work].teacher)
         for writer in writers:
@@ -259,7 +253,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
-    share = session.gpu_share(len(config.teachers) + len(students))
+    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(
@@ -296,6 +290,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         raise
     outputs = [session.run.path / name for result in results.values() for name in result.files]
     main = results["distilled"]
+    write_artifact(session.run.path / TRANSPORTS_FILE, TransportsFile(teachers=dict(main.transports)))
+    outputs.append(session.run.path / TRANSPORTS_FILE)
     summary: Summary = {
         "steps": main.steps,
         "student_parameters": main.num_parameters,

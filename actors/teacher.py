@@ -8,14 +8,12 @@ functions of their request: the pool may repeat a call after a crash.
 from __future__ import annotations
 
 import os
-import pickle  # nosec B403 # results for processes of the same Ray session, whose own protocol is pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from actors.memory import release_freed_memory
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from actors.memory import load_turn, release_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +21,9 @@ if TYPE_CHECKING:
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
+    from nexus.towers.packing import PackedTargets
     from nexus.towers.registry import TeacherSpec
+    from nexus.towers.targets import ScoreRequest, TeacherHead
     from nexus.towers.tax import TaxMeasurement
 
 CONTROL_GROUP = "control"
@@ -64,10 +64,11 @@ class ActorHealth:
 
 
 class TeacherActor:
-    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`."""
+    """Holds one teacher; created by `actors.pool.TeacherPool` under the name `teacher:<id>`, further replicas as `teacher:<id>#2`."""
 
-    def __init__(self, spec: TeacherSpec, torch_threads: int) -> None:
+    def __init__(self, spec: TeacherSpec, torch_threads: int, replica: int = 0) -> None:
         self._spec = spec
+        self._replica = replica
         self._torch_threads = torch_threads
         self._engine: TeacherEngine | None = None
         self._report: LoadReport | None = None
@@ -77,7 +78,7 @@ class TeacherActor:
 
     def __repr__(self) -> str:
         """Name in Ray's logs and on its dashboard."""
-        return f"TeacherActor({self._spec.id})"
+        return f"TeacherActor({self._spec.id}{replica_suffix(self._replica)})"
 
     def load(self) -> LoadReport:
         """Load and quantise the weights once; called again it returns the first report.
@@ -89,9 +90,18 @@ class TeacherActor:
         assert self._report is not None
         return self._report
 
-    def score(self, request: ScoreRequest) -> TeacherTargets:
-        """Targets for the trainer."""
-        return self._timed(len(request.row_ids), lambda engine: engine.score(request))
+    def score(self, request: ScoreRequest) -> PackedTargets:
+        """Targets for the trainer, packed: what leaves this process is what they take."""
+        from nexus.towers.packing import pack_targets
+
+        return self._timed(
+            len(request.row_ids),
+            lambda engine: pack_targets(engine.score(request), vocabulary_size=engine.vocabulary_size),
+        )
+
+    def output_head(self) -> TeacherHead:
+        """What the receiver of `hidden` targets needs once."""
+        return self._loaded().output_head()
 
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
@@ -101,7 +111,7 @@ class TeacherActor:
 
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
-        return self._seldom(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+        return self._profiled(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
 
     def confirm(
         self,
@@ -112,7 +122,7 @@ class TeacherActor:
         answers: AnswerCheck | None,
     ) -> ConfirmationMeasurement:
         """Second pass of a profile over some rows of the first."""
-        return self._seldom(
+        return self._profiled(
             len(records),
             lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
         )
@@ -123,13 +133,16 @@ class TeacherActor:
             len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
-    def packed(self, method: str, *arguments: Any) -> bytes:
-        """The pickled result of another method, for callers that only pass it on."""
-        return pickle.dumps(getattr(self, method)(*arguments))
-
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
         return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+
+    def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+        """As `_seldom`, counted as work on a profile."""
+        before = self._busy_seconds
+        result = self._seldom(rows, call)
+        self._metrics.profiled(rows, self._busy_seconds - before)
+        return result
 
     def _seldom(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_timed`, for work whose large blocks are not wanted again by the next step."""
@@ -160,8 +173,9 @@ class TeacherActor:
             torch.set_num_threads(self._torch_threads)
             # One bar per checkpoint would bury the run's own news.
             disable_progress_bar()
-            start = time.perf_counter()
-            tower = load_tower(self._spec)
+            with load_turn():
+                start = time.perf_counter()
+                tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)
             weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(
@@ -183,6 +197,11 @@ class TeacherActor:
             self._metrics.loaded(weight_bytes)
             self._engine = engine
         return self._engine
+
+
+def replica_suffix(replica: int) -> str:
+    """What tells the replicas of one teacher apart; nothing for the first."""
+    return f"#{replica + 1}" if replica else ""
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:

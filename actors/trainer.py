@@ -10,19 +10,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from nexus.artifacts import TransportMetrics
 from nexus.config import RunConfig
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 
 if TYPE_CHECKING:
     from actors.metrics import TrainerMetrics
     from actors.pool import TeacherPool
     from nexus.run import EventLog
     from nexus.student.memory import NexusStudent
+    from nexus.towers.packing import PackedTargets
     from nexus.training.facts import TeacherFacts
     from nexus.training.loop import DistillationLoop, StepReport
 
@@ -69,6 +71,42 @@ class TrainerResult:
     seconds: float
     """Of this call; a resumed run counts its last part."""
     wait_seconds: float
+    transports: Mapping[str, TransportMetrics]
+    """What each teacher's targets took, by teacher."""
+
+
+class MovedBytes:
+    """Counts the buffers of one teacher's replies."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+        """Transports that were used: `auto` may choose several."""
+        self.rows = 0
+        self.tokens = 0
+        self.token_bytes = 0
+        """Of the token distributions."""
+        self.bytes = 0
+        """Of all arrays, the states of critical layers and labels included."""
+
+    def add(self, packed: PackedTargets) -> None:
+        """Count one reply."""
+        self.rows += len(packed.rest.row_ids)
+        self.bytes += packed.num_bytes
+        if packed.tokens is not None:
+            self.kinds.add(packed.tokens.kind)
+            self.tokens += packed.tokens.num_tokens
+            self.token_bytes += packed.tokens.num_bytes
+
+    def metrics(self, targets: Literal["live", "cached"]) -> TransportMetrics:
+        """The counts as the run reports them."""
+        return TransportMetrics(
+            transports=tuple(sorted(self.kinds)),
+            targets=targets,
+            rows=self.rows,
+            tokens=self.tokens,
+            bytes_per_token=self.token_bytes / self.tokens if self.tokens else None,
+            bytes_per_row=self.bytes / self.rows,
+        )
 
 
 class PoolSource:
@@ -76,6 +114,8 @@ class PoolSource:
 
     def __init__(self, pool: TeacherPool) -> None:
         self._pool = pool
+        self.moved: dict[str, MovedBytes] = {}
+        """What crossed so far, by teacher."""
 
     def submit(self, key: Hashable, teacher: str, request: ScoreRequest) -> None:
         """Queue one request."""
@@ -83,6 +123,20 @@ class PoolSource:
 
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for one answer."""
+        from nexus.towers.packing import unpack_targets
+
+        packed = self._pool.collect(key)
+        self.moved.setdefault(packed.rest.teacher, MovedBytes()).add(packed)
+        return unpack_targets(packed)
+
+    def metrics(self) -> dict[str, TransportMetrics]:
+        """What each teacher's targets took."""
+        return {teacher: moved.metrics("live") for teacher, moved in self.moved.items()}
+
+    def head(self, teacher: str) -> TeacherHead:
+        """Ask for a teacher's output head."""
+        key = ("output_head", teacher)
+        self._pool.submit(key, teacher, "output_head")
         return self._pool.collect(key)
 
     def forget(self) -> None:
@@ -137,11 +191,12 @@ class TrainerActor:
         metrics = TrainerMetrics(plan.student)
         folder = run_dir / "checkpoints" / plan.student
         taught = plan.student == "distilled"
+        source = self._source(events) if taught else None
         loop = build_loop(
             plan.config,
             run_dir=run_dir,
             teachers=plan.teachers,
-            source=self._source(events) if taught else None,
+            source=source,
             taught=taught,
             inject_spike=plan.inject_spike,
         )
@@ -188,6 +243,7 @@ class TrainerActor:
             rows=int(totals["rows"]),
             seconds=time.perf_counter() - start,
             wait_seconds=totals["wait"],
+            transports={} if source is None else source.metrics(),
         )
 
     def _source(self, events: EventLog) -> PoolSource:
@@ -213,7 +269,7 @@ class TrainerActor:
     def _record(self, report: StepReport, loop: DistillationLoop, events: EventLog, metrics: TrainerMetrics) -> None:
         student = self._plan.student
         common = {"student": student, "step": report.step, "draw": report.draw}
-        numbers = {
+        numbers: dict[str, object] = {
             "losses": dict(report.losses),
             "kd": dict(report.kd),
             "anchor": dict(report.anchor),
@@ -224,6 +280,15 @@ class TrainerActor:
             "lr": report.learning_rate,
             "wait_s": round(report.wait_s, 4),
         }
+        if report.excluded:
+            numbers["excluded"] = list(report.excluded)
+        if report.surgery is not None:
+            numbers["surgery"] = {
+                "cosines": report.surgery.cosines,
+                "factors": report.surgery.factors,
+                "conflicts": report.surgery.plan.conflicts,
+                "pareto_stationary": report.surgery.pareto_stationary,
+            }
         if report.action == "step":
             events.write({"kind": "step", **common, **numbers})
             metrics.stepped(total=report.total, losses=dict(report.losses), wait_s=report.wait_s)

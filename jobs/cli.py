@@ -200,12 +200,33 @@ def profile(
         float | None,
         typer.Option(metavar="S", help="End after so long with what is known, marked partial.", show_default=False),
     ] = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option(
+            "--teachers",
+            metavar="ID,ID",
+            help="Only these; the stage is complete when all have been profiled. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Continue with what an unfinished command has measured, or measure anew."
+        ),
+    ] = True,
 ) -> None:
-    """Find the layers of each teacher that carry its capability."""
+    """Find the layers of each teacher that carry its capability.
+
+    Killed at any moment and typed again, it continues.
+    """
     settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
     extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
-    execute_stages(options, "profile")
+    chosen = None if teachers is None else tuple(name.strip() for name in teachers.split(",") if name.strip())
+    if chosen == ():
+        raise UserError(f"Expected --teachers ID,ID, found {teachers!r}. Name at least one, or leave it out for all.")
+    execute_stages(options, "profile", teachers=chosen, resume=resume)
 
 
 @app.command()
@@ -373,6 +394,37 @@ def doctor(as_json: JsonOption = False) -> None:
         typer.echo(render(findings))
     if not ready:
         raise typer.Exit(ExitCodes.FAILED)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4x24GiB",
+            help="The cluster: NxSIZE, + within a node, a comma between nodes, a node's memory behind /. Default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    every_teacher: Annotated[
+        bool, typer.Option("--all", help="Plan for every teacher of the registry instead of the run's own.")
+    ] = False,
+    models_dir: ModelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where each teacher would live and what that costs; starts nothing."""
+    from jobs.execute import load_run_config
+    from jobs.plan import plan_document, plan_run, render_plan
+
+    found, path, note = load_run_config(config, tuple(overrides or ()))
+    result = plan_run(found, gpus=gpus, models_dir=models_dir, every_teacher=every_teacher)
+    if as_json:
+        _print_json(plan_document(result))
+        return
+    typer.echo(f"configuration {path}{note}")
+    typer.echo(render_plan(result))
 
 
 @app.command()

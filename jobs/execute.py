@@ -53,8 +53,19 @@ class RunOptions:
     models_dir: Path | None
 
 
-def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None = None) -> None:
+def execute_stages(
+    options: RunOptions,
+    last: str,
+    *,
+    inject_spike: str | None = None,
+    teachers: tuple[str, ...] | None = None,
+    resume: bool = True,
+) -> None:
     """Bring a run up to the stage `last` and print what it came to.
+
+    Args:
+        teachers: ids of those to profile; None for all.
+        resume: False profiles anew what an earlier command has profiled.
 
     Raises:
         NexusError: what a stage raised; earlier stages stay complete.
@@ -66,13 +77,13 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from jobs.console import ConsoleReporter
 
-    reporter = ConsoleReporter()
-    config, path, note = _load(options)
+    reporter = ConsoleReporter(shows_progress=not options.as_json)
+    config, path, note = load_run_config(options.config, options.overrides)
     out = options.out or Path("runs") / config.name
     if inject_spike is not None:
         _check_spike(inject_spike)
     from actors.session import Session
-    from actors.stages import run_stages
+    from actors.stages import profile_journal, run_stages
 
     start = time.perf_counter()
     session = Session(
@@ -82,6 +93,7 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
         dashboard=options.dashboard,
         reporter=reporter,
         models_dir=options.models_dir,
+        teachers=teachers,
     )
     # Only now: a mistake in what was typed is answered by its own line alone.
     reporter.line(f"configuration {path}{note}, run directory {out}")
@@ -92,6 +104,9 @@ def execute_stages(options: RunOptions, last: str, *, inject_spike: str | None =
         )
     try:
         with session:
+            if not resume:
+                session.run.reset("profile")
+                profile_journal(session).remove()
             records = run_stages(session, last, inject_spike=inject_spike)
     finally:
         reporter.close()
@@ -199,13 +214,14 @@ def _usage(error: TyperException) -> str:
     return f"Expected a proper use of `{path}`, found: {message}. {remedy}"
 
 
-def _load(options: RunOptions) -> tuple[RunConfig, Path, str]:
+def load_run_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[RunConfig, Path, str]:
+    """The configuration of a command, its path as a person should read it, and a note when it is the shipped one."""
     from nexus.towers.registry import shipped_config
 
-    if options.config is not None:
-        return load_config(options.config, options.overrides), options.config, ""
+    if config is not None:
+        return load_config(config, overrides), config, ""
     path = shipped_config(DEFAULT_CONFIG)
-    return load_config(path, options.overrides), Path("configs") / DEFAULT_CONFIG, " (shipped; --config names another)"
+    return load_config(path, overrides), Path("configs") / DEFAULT_CONFIG, " (shipped; --config names another)"
 
 
 def _check_spike(text: str) -> None:

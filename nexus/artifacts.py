@@ -184,6 +184,30 @@ class QuantisationTax(StrictModel):
     """Largest relative Frobenius error of a quantised matrix."""
 
 
+class TransportMetrics(StrictModel):
+    """What one teacher's targets took on their way to the trainer; lengths of the buffers that were moved."""
+
+    transports: tuple[str, ...]
+    """Of its token distributions; empty without any."""
+    targets: Literal["live", "cached"]
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    """Scored tokens."""
+    bytes_per_token: float | None
+    """Of the token distributions."""
+    bytes_per_row: float
+    """Of everything, the states of critical layers and labels included."""
+
+
+TRANSPORTS_FILE = "transports.json"
+
+
+class TransportsFile(StrictModel):
+    """transports.json, written by the distill stage; a resumed run counts its last part."""
+
+    teachers: dict[str, TransportMetrics]
+
+
 class StageMetrics(StrictModel):
     """Cost of one stage, all processes of the run together."""
 
@@ -210,6 +234,8 @@ class Metrics(StrictModel):
     throughput: dict[str, float]
     stages: dict[str, StageMetrics]
     router: RouterMetrics | None = None
+    transports: dict[str, TransportMetrics] = {}
+    """Of each teacher that targets came from."""
     student_parameters: int
     teacher_parameters: dict[str, int]
     seed: int

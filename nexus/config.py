@@ -24,6 +24,7 @@ SAMPLES_PREFIX = "samples:"
 SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
+Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -54,6 +55,14 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    replicas: int = Field(1, gt=0, le=64)
+    """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
+    transport: Transport | None = None
+    """How this language model's token distributions travel; None takes `distill.transport`."""
+    start_step: int = Field(0, ge=0)
+    """First optimizer step that this teacher takes part in."""
+    ramp_steps: int = Field(0, ge=0)
+    """Steps over which its importance then rises from 0."""
 
 
 class RegistryTeacher(_TeacherBase):
@@ -196,12 +205,15 @@ class SurgerySection(ConfigSection):
 
     method: Literal["none", "upgrad", "pcgrad"] = "none"
     every: int = Field(10, gt=0)
-    """Steps between two surgeries."""
+    """Steps from one surgery to the next; those between use its weights."""
+    subset: Literal["adapters_and_trunk", "adapters", "trunk"] = "adapters_and_trunk"
+    """Parameters whose gradients are projected; the maps to the teachers' spaces, which each belong to one teacher, never are."""
 
     @model_validator(mode="after")
-    def _every_needs_a_method(self) -> SurgerySection:
-        if self.method == "none" and "every" in self.model_fields_set:
-            raise ValueError("every has no effect while method is none; remove it or choose upgrad or pcgrad")
+    def _settings_need_a_method(self) -> SurgerySection:
+        for name in ("every", "subset"):
+            if self.method == "none" and name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect while method is none; remove it or choose upgrad or pcgrad")
         return self
 
 
@@ -212,13 +224,28 @@ class DistillConfig(ConfigSection):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
     learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
     warmup_steps: int = Field(20, ge=0)
+    final_rate: float = Field(0.02, ge=0, le=1)
+    """Of the peak, at the last step: a short run gains most of its accuracy while the rate falls."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Of all steps: the fall of the schedule wsd."""
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
     """Softmax temperature of the distillation loss, for teachers and student alike."""
+    transport: Transport = "topk"
+    """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
+    mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
+    draws; the divergence is then the forward KL), `full`, or `auto` (of topk, hidden and full the one of fewest bytes that keeps
+    `transport_error`)."""
     top_k: int = Field(64, gt=0)
-    """Kept ids per scored token; the rest travels as one tail mass."""
+    """Kept ids per scored token of transport topk; the rest travels as one tail mass."""
+    draws: int = Field(12, gt=0)
+    """Draws per scored token of transport sampled; 12 match the whole distribution (RS-KD, arXiv 2503.16870)."""
+    transport_error: float = Field(0.01, ge=1.0e-4)
+    """What transport auto may lose of a distribution, KL in nats per token. Below the least value bfloat16 rounding would count."""
     response_weight: float = Field(1.0, ge=0)
     """Weight of the cross-entropy on a teacher's own answers, where its vocabulary is not the student's."""
     gold_weight: float = Field(0.5, ge=0)
@@ -235,6 +262,10 @@ class DistillConfig(ConfigSection):
     max_retries: int = Field(3, ge=0)
     """Repeats of one batch after a teacher died or timed out."""
     checkpoint_every: int = Field(100, gt=0)
+    accumulate: int = Field(1, gt=0)
+    """Draws of `batch_size` rows that make one optimizer step, one in memory at a time; the step equals that of the larger batch."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights that is evaluated and exported in place of the last ones; None keeps the last ones."""
     variance: VarianceSection = VarianceSection()
     surgery: SurgerySection = SurgerySection()
     recovery: RecoverySection = RecoverySection()
@@ -249,6 +280,10 @@ class DistillConfig(ConfigSection):
                 "distill.warmup_steps lower"
             )
         return self
+
+
+TRANSPORT_SETTINGS: Mapping[str, Transport] = {"top_k": "topk", "draws": "sampled", "transport_error": "auto"}
+"""Settings of `distill` that only one transport reads."""
 
 
 class RouterConfig(ConfigSection):
@@ -328,6 +363,29 @@ class RunConfig(ConfigSection):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _transports_are_used(self) -> RunConfig:
+        for teacher in self.teachers:
+            if (
+                teacher.transport is not None
+                and not isinstance(teacher, RegistryTeacher)
+                and teacher.role != "causal_lm"
+            ):
+                raise ValueError(
+                    f"transport of teacher {teacher.id!r} has no effect: only language models give token distributions; remove it"
+                )
+        used = {self.transport_of(teacher.id) for teacher in self.teachers}
+        for name, transport in TRANSPORT_SETTINGS.items():
+            is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
+            if not is_default and transport not in used:
+                raise ValueError(f"distill.{name} has no effect while no teacher's transport is {transport}; remove it")
+        return self
+
+    def transport_of(self, teacher: str) -> Transport:
+        """How the token distributions of `teacher` travel."""
+        own = next(entry.transport for entry in self.teachers if entry.id == teacher)
+        return self.distill.transport if own is None else own
+
     def teachers_of(self, capability: str) -> tuple[TeacherConfig, ...]:
         """The teachers that label rows of `capability`, in the order of the file."""
         return tuple(teacher for teacher in self.teachers if capability in teacher.capabilities)
@@ -392,8 +450,9 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     document = config.model_dump(mode="json", exclude_unset=False)
     if config.distill.surgery.method == "none":
-        # `every` has no effect then, and a setting without effect is refused when read back.
-        document["distill"]["surgery"].pop("every")
+        # These have no effect then, and a setting without effect is refused when read back.
+        for name in ("every", "subset"):
+            document["distill"]["surgery"].pop(name)
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 

@@ -119,7 +119,23 @@ class RunDirectory:
         summary: Mapping[str, float | int | str],
     ) -> StageRecord:
         """Write the stage's record: the last thing that a stage does."""
-        record = StageRecord(
+        record = self.describe(
+            stage, seconds=seconds, peak_memory_gib=peak_memory_gib, outputs=outputs, summary=summary
+        )
+        write_artifact(self.path / "stages" / f"{stage}.json", record)
+        return record
+
+    def describe(
+        self,
+        stage: str,
+        *,
+        seconds: float,
+        peak_memory_gib: float,
+        outputs: Sequence[Path],
+        summary: Mapping[str, float | int | str],
+    ) -> StageRecord:
+        """The record of a stage, not written: of one that is not complete."""
+        return StageRecord(
             stage=stage,
             fingerprint=self.config.fingerprint(),
             seconds=round(seconds, 2),
@@ -127,8 +143,6 @@ class RunDirectory:
             outputs={str(path.relative_to(self.path)): sha256_of(path) for path in outputs},
             summary=dict(summary),
         )
-        write_artifact(self.path / "stages" / f"{stage}.json", record)
-        return record
 
     def reset(self, stage: str) -> None:
         """Forget that a stage was complete."""

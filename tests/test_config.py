@@ -198,3 +198,24 @@ def test_sample_paths_lie_in_the_package():
 def test_the_schema_imports_no_torch():
     code = "import sys, nexus.config; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "transport"), [("top_k", "topk"), ("draws", "sampled"), ("transport_error", "auto")]
+)
+def test_a_setting_of_a_transport_that_no_teacher_uses_is_refused(tmp_path, setting, transport):
+    document = _document()
+    document["distill"][setting] = 1
+    document["distill"]["transport"] = "full"
+    assert f"distill.{setting} has no effect while no teacher's transport is {transport}" in _error(document)
+    document["teachers"][1]["transport"] = transport
+    config = parse_config(document, source="run.yaml")
+    assert [config.transport_of(teacher.id) for teacher in config.teachers] == ["full", transport, "full", "full"]
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml").fingerprint() == config.fingerprint()
+
+
+def test_a_transport_of_an_encoder_is_refused():
+    document = _document()
+    document["teachers"][2]["transport"] = "hidden"
+    assert "transport of teacher 'sample-vision' has no effect" in _error(document)

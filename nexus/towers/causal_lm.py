@@ -2,7 +2,8 @@
 
 Rows are laid out around the border between prompt and completion: prompts are padded on the left, completions on the right, so that
 the scored positions of all rows are the same last columns and only their logits are computed.
-Shape letters: B rows, P longest prompt, C longest completion with its end token, N scored tokens, K kept ids, V vocabulary, H width.
+Shape letters: B rows, P longest prompt, C longest completion with its end token, N scored tokens, K kept ids, S draws, V vocabulary,
+H width.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus.towers.blocks import recorded_blocks
 from nexus.towers.rows import RowsError, micro_batches
-from nexus.towers.targets import ScoreRequest, TokenTargets
+from nexus.towers.targets import ScoreRequest, TeacherHead, TokenDistributions
+from nexus.towers.transports import keep_columns, to_targets
 
 MAX_LOGIT_ELEMENTS = 2**26
 """Logits of one micro-batch: 256 MiB in float32, and as much again for their softmax."""
@@ -97,7 +99,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
 
 def score_completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest
-) -> tuple[TokenTargets, dict[int, np.ndarray]]:
+) -> tuple[TokenDistributions, dict[int, np.ndarray]]:
     """Distributions and hidden states at every completion token, rows in the request's order.
 
     The softmax runs in float32 on logits / temperature. `hidden` holds the output of each requested block at the position *before*
@@ -109,26 +111,26 @@ def score_completions(
     assert request.completions is not None
     rows = tokenise_rows(tokenizer, request.prompts, request.completions)
     _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
-    top_k = min(request.top_k, vocabulary_size(model))
-    ids: list[np.ndarray] = [np.empty(0)] * len(rows)
-    logprobs, tails = list(ids), list(ids)
-    hidden: dict[int, list[np.ndarray]] = {layer: list(ids) for layer in request.layers}
+    parts: list[dict[str, np.ndarray]] = [{}] * len(rows)
+    hidden: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(rows) for layer in request.layers}
+    with_states = request.transport in ("hidden", "auto")
     bad: dict[str, str] = {}
     for chosen in _micro_batches(model, rows):
-        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers)
-        packed = pack_topk(batch.logits_NV, top_k=top_k, temperature=request.temperature)
-        finite_N = packed.finite_N.clone()
+        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, with_states=with_states)
+        counts = [len(rows[i].completion_ids) for i in chosen]
+        columns, finite_N = keep_columns(
+            batch.logits_NV, batch.states_NH, request, [request.row_ids[i] for i in chosen], counts
+        )
         states = {layer: state_NH.to(torch.float16) for layer, state_NH in batch.hidden.items()}
         for state_NH in states.values():
-            finite_N &= torch.isfinite(state_NH).all(dim=-1)
-        counts = [len(rows[i].completion_ids) for i in chosen]
-        parts = [x.cpu().split(counts) for x in (packed.ids_NK, packed.logprobs_NK, packed.tail_N, finite_N)]
+            finite_N = finite_N & torch.isfinite(state_NH).all(dim=-1)
+        column_parts = {name: column.cpu().split(counts) for name, column in columns.items()}
         state_parts = {layer: state.cpu().split(counts) for layer, state in states.items()}
-        for b, row in enumerate(chosen):
-            ids[row], logprobs[row], tails[row] = (part[b].numpy() for part in parts[:3])
+        for b, (row, finite) in enumerate(zip(chosen, finite_N.cpu().split(counts), strict=True)):
+            parts[row] = {name: split[b].numpy() for name, split in column_parts.items()}
             for layer, split in state_parts.items():
                 hidden[layer][row] = split[b].numpy()
-            if not parts[3][b].all():
+            if not finite.all():
                 bad[request.row_ids[row]] = "not finite"
     if bad:
         raise RowsError(
@@ -137,14 +139,17 @@ def score_completions(
             {row_id: bad[row_id] for row_id in request.row_ids if row_id in bad},
         )
     width = model.config.get_text_config().hidden_size
-    tokens = TokenTargets(
+    # Without rows there are still columns, of no length.
+    nothing = keep_columns(torch.empty(0, vocabulary_size(model)), torch.empty(0, width), request, (), ())[0]
+    tokens = to_targets(
+        {name: _concatenate([part[name] for part in parts], empty.numpy()) for name, empty in nothing.items()},
+        request,
         offsets_B1=np.cumsum([0, *(len(row.completion_ids) for row in rows)], dtype=np.int64),
         token_ids_N=np.array([token for row in rows for token in row.completion_ids], dtype=np.int32),
-        ids_NK=_concatenate(ids, (0, top_k), np.int32),
-        logprobs_NK=_concatenate(logprobs, (0, top_k), np.float32),
-        tail_logprob_N=_concatenate(tails, (0,), np.float32),
+        vocabulary_size=vocabulary_size(model),
     )
-    return tokens, {layer: _concatenate(parts_B, (0, width), np.float16) for layer, parts_B in hidden.items()}
+    empty_0H = np.empty((0, width), np.float16)
+    return tokens, {layer: _concatenate(parts_B, empty_0H) for layer, parts_B in hidden.items()}
 
 
 def completion_logits(
@@ -209,36 +214,31 @@ def profile_inputs(
     return input_ids_BT, attention_mask_BT, loss_mask_BT
 
 
-@dataclass(frozen=True)
-class PackedTopK:
-    """The K most probable ids of each position and the mass of the rest, on the model's device."""
+def output_head(model: PreTrainedModel) -> TeacherHead:
+    """The head from which a receiver of `hidden` targets computes this model's logits.
 
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    tail_N: Tensor
-    finite_N: Tensor
-    """False where the logits held NaN, infinity, or nothing but -infinity."""
-
-
-def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTopK:
-    """Top-k with a tail: exp(logprobs).sum() + exp(tail) is 1 up to rounding.
-
-    The tail is the log-sum-exp of what was not kept and not log(1 - kept mass), which loses every digit when the kept mass is near 1.
-
-    Args:
-        logits_NV: any float type; divided by the temperature and normalised in float32.
-        top_k: at most V.
+    Raises:
+        ValueError: the model does more to its logits than a linear map and a soft cap.
     """
-    scaled_NV = logits_NV.float() / temperature
-    normaliser_N = torch.logsumexp(scaled_NV, dim=-1)
-    kept_NK, ids_NK = scaled_NV.topk(top_k, dim=-1)
-    rest_NV = scaled_NV.scatter(-1, ids_NK, float("-inf"))
-    return PackedTopK(
-        ids_NK=ids_NK.to(torch.int32),
-        logprobs_NK=kept_NK - normaliser_N[:, None],
-        tail_N=torch.logsumexp(rest_NV, dim=-1) - normaliser_N,
-        finite_N=torch.isfinite(normaliser_N),
-    )
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    weight_VH = head.weight.detach().cpu()
+    if not isinstance(head, nn.Linear) or not weight_VH.is_floating_point():
+        raise ValueError(f"expected an output head that is a linear map in floating point, found {type(head).__name__}")
+    # A few tokens tell whether anything else happens to the logits: a scale, a shift, a second projection.
+    probe_BT = torch.arange(min(8, weight_VH.shape[0]))[None]
+    with torch.inference_mode(), _head_input(model) as seen:
+        logits_BTV = model(input_ids=probe_BT.to(model.device), use_cache=False).logits
+        expected_BTV = head(seen[0])
+        if softcap is not None:
+            expected_BTV = softcap * torch.tanh(expected_BTV / softcap)
+    if not torch.allclose(logits_BTV.float(), expected_BTV.float(), rtol=1e-2, atol=1e-3):
+        raise ValueError("expected logits that are a linear map of the last hidden state, found others")
+    bias_V = None if head.bias is None else head.bias.detach().float().cpu().numpy()
+    if weight_VH.dtype == torch.bfloat16:
+        # NumPy has no bfloat16: its bits travel.
+        return TeacherHead(weight_VH.view(torch.int16).numpy().view(np.uint16), bias_V, softcap)
+    return TeacherHead(weight_VH.float().numpy(), bias_V, softcap)
 
 
 def answer_rows(
@@ -332,6 +332,8 @@ class _Scored:
     logits_NV: Tensor
     hidden: dict[int, Tensor]
     """Layer -> [N, H]."""
+    states_NH: Tensor | None
+    """What the output head read; None unless asked for."""
 
 
 def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
@@ -342,7 +344,12 @@ def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iter
 
 
 def _forward(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenisedRow], layers: Sequence[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenisedRow],
+    layers: Sequence[int],
+    *,
+    with_states: bool = False,
 ) -> _Scored:
     pad = _pad_id(tokenizer)
     longest_prompt = max(len(row.prompt_ids) for row in rows)
@@ -363,7 +370,7 @@ def _forward(
     position_ids_BT = (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     device = model.device
     scored_BC = scored_BC.to(device)
-    with torch.inference_mode(), recorded_blocks(model, layers) as recorded:
+    with torch.inference_mode(), recorded_blocks(model, layers) as recorded, _head_input(model) as seen:
         logits_BTV = model(
             input_ids=input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),
@@ -374,7 +381,8 @@ def _forward(
         # Some classes (the omni thinkers) take logits_to_keep and return all the same.
         logits_BCV = logits_BTV[:, -longest_completion:]
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
-    return _Scored(logits_BCV[scored_BC], hidden)
+    states_NH = seen[0][:, -longest_completion:][scored_BC] if with_states else None
+    return _Scored(logits_BCV[scored_BC], hidden, states_NH)
 
 
 def _scored_length(row: TokenisedRow) -> int:
@@ -407,8 +415,23 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def _concatenate(parts: Sequence[np.ndarray], empty_shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(empty_shape, dtype), *parts]) if parts else np.empty(empty_shape, dtype)
+def _concatenate(parts: Sequence[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    return np.concatenate([empty, *parts]).astype(empty.dtype, copy=False)
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Gets the states that the output head reads while the context lasts."""
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(remember)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager

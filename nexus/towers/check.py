@@ -147,6 +147,10 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
         kinds += _kinds(
             engine.score(ScoreRequest(("a", "b"), ("Say hello.", "Add."), ("Hello.", "4"), None, 1.0, 8, ()))
         )
+    elif engine.role == "diffusion":
+        prompts = ("a red square", "two dogs")
+        pictures = (_picture(0), _picture(1))
+        kinds += _kinds(engine.score(ScoreRequest(("a", "b"), prompts, None, pictures, 1.0, 8, layers)))
     else:
         media = tuple(read_media(record.media) for record in probe_rows(engine) if record.media is not None)
         kinds += _kinds(engine.score(ScoreRequest(("a", "b"), ("", ""), None, media, 1.0, 8, layers)))
@@ -204,6 +208,8 @@ def _kinds(targets: TeacherTargets) -> list[str]:
         kinds.append("labels")
     if targets.features is not None:
         kinds.append("features")
+    if targets.denoising is not None:
+        kinds += ["noise", *(["blocks"] if targets.denoising.blocks else [])]
     return kinds
 
 

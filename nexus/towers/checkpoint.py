@@ -38,18 +38,21 @@ class Checkpoint:
         return tuple(sorted(set(self.weights.values())))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, stem: str = "model") -> Checkpoint:
     """Look into a checkpoint folder.
+
+    Args:
+        stem: name of the weights: `<stem>.safetensors`, or shards listed in `<stem>.safetensors.index.json`.
 
     Raises:
         TowerLoadError: no folder, no or broken config.json, no or broken or missing safetensors files, already quantised weights.
     """
     if not folder.is_dir():
         raise TowerLoadError(f"Expected a checkpoint folder at {folder}, found no such folder. Correct the path.")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_quantised(folder, config)
     weights: dict[str, Path] = {}
-    for path in _weight_files(folder):
+    for path in _weight_files(folder, stem):
         try:
             with safe_open(path, framework="np") as file:
                 weights.update(dict.fromkeys(file.keys(), path))
@@ -79,25 +82,26 @@ def weights_digest(checkpoint: Checkpoint, *, full_hash_bytes: int = FULL_HASH_B
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = sorted({folder / str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        shards = sorted({folder / str(name) for name in read_json(index).get("weight_map", {}).values()})
         for shard in shards:
             if not shard.is_file():
                 raise TowerLoadError(f"Expected the shard {shard}, found no such file. Fetch the checkpoint again.")
         if shards:
             return shards
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / f"{stem}.safetensors").is_file():
+        return [folder / f"{stem}.safetensors"]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".nemo"))
     raise TowerLoadError(
-        f"Expected model.safetensors in {folder}, found {', '.join(others) or 'no weights'}. Only safetensors are read, because "
+        f"Expected {stem}.safetensors in {folder}, found {', '.join(others) or 'no weights'}. Only safetensors are read, because "
         "other formats can run code; convert the checkpoint, or fetch its safetensors revision."
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; TowerLoadError in one line when there is none."""
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:

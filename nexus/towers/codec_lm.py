@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from nexus.data.media import add_noise, decode_audio
 from nexus.errors import DataError
 from nexus.towers.blocks import recorded_blocks
-from nexus.towers.causal_lm import pack_topk
 from nexus.towers.rows import RowsError
 from nexus.towers.targets import ScoreRequest, TokenTargets
+from nexus.towers.transports import pack_topk
 
 MODEL_CLASS = "MoshiForConditionalGeneration"
 """The class of transformers whose two decoders and codec are known here."""

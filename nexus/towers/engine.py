@@ -1,6 +1,6 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py or sae.py does the work.
+What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py, diffusion.py or sae.py does the work.
 """
 
 from __future__ import annotations
@@ -25,11 +25,19 @@ from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
 from nexus.profiling.reasoning_eval import ablated_answers
 from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
+from nexus.towers.diffusion import denoise
 from nexus.towers.health import check_targets
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
-from nexus.towers.targets import ScoreRequest, SparseTargets, TeacherTargets, TokenTargets
+from nexus.towers.targets import (
+    DenoisingTargets,
+    ScoreRequest,
+    SparseTargets,
+    TeacherHead,
+    TeacherTargets,
+    TokenDistributions,
+)
 from nexus.towers.tax import TaxMeasurement, measure_tax
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
@@ -52,6 +60,7 @@ class TeacherEngine:
     def __init__(self, tower: LoadedTower, *, teacher_id: str) -> None:
         self.tower = tower
         self.teacher_id = teacher_id
+        self._head: TeacherHead | None = None
 
     @property
     def role(self) -> Role:
@@ -71,17 +80,24 @@ class TeacherEngine:
     @property
     def num_layers(self) -> int:
         """Blocks whose hidden states can be asked for."""
-        return len(find_blocks(self._runner))
+        return len(find_blocks(self._runner)) if self.tower.denoiser is None else len(self.tower.denoiser.blocks)
 
     @property
     def hidden_size(self) -> int:
         """Width H of those hidden states."""
-        return block_width(self._runner)
+        return block_width(self._runner) if self.tower.denoiser is None else self.tower.denoiser.hidden_size
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Tokens of its distributions; None without any."""
+        if self.role == "codec_lm":
+            return int(self.tower.model.config.audio_vocab_size)
+        return causal_lm.vocabulary_size(self.tower.model) if self.role == "causal_lm" else None
 
     @property
     def label_texts(self) -> tuple[str, ...] | None:
         """Labels of a classification head, by class index; None without one."""
-        return encoder.label_texts(self._runner)
+        return encoder.label_texts(self._runner) if self.role == "encoder" else None
 
     def score(self, request: ScoreRequest) -> TeacherTargets:
         """The teacher's targets for every row of `request`, in its order.
@@ -91,10 +107,19 @@ class TeacherEngine:
             RowsError: rows that cannot be decoded, do not fit the model, or give results that are not finite.
             TeacherHealthError: the reply is of a broken teacher.
         """
-        tokens: TokenTargets | None = None
+        if request.transport != "topk" and self.role != "causal_lm":
+            raise ConfigError(
+                f"Expected transport topk for the teacher {self.teacher_id!r} of role {self.role}, found {request.transport}. "
+                "Set another transport for language models only."
+            )
+        if request.transport in ("hidden", "auto"):
+            # A head that cannot be sent is better known before its states are.
+            self.output_head()
+        tokens: TokenDistributions | None = None
         hidden: dict[int, np.ndarray] = {}
         encoded: encoder.Encoded | None = None
         features: dict[int, SparseTargets] | None = None
+        denoised: DenoisingTargets | None = None
         if self.role in ("causal_lm", "sae"):
             if request.completions is None:
                 raise ConfigError(
@@ -109,6 +134,8 @@ class TeacherEngine:
                 tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
             else:
                 features = score_features(*self._language_model(), self.tower.dictionaries, request)
+        elif self.tower.denoiser is not None:
+            denoised = denoise(self.tower.denoiser, request)
         else:
             if request.media is None:
                 raise ConfigError(
@@ -138,9 +165,26 @@ class TeacherEngine:
             label_logprobs_BC=None if encoded is None else encoded.label_logprobs_BC,
             features=features,
             codebooks=codec_lm.num_codebooks(self.tower.model) if self.role == "codec_lm" else None,
+            denoising=denoised,
         )
-        check_targets(targets, vocabulary_size=self._vocabulary_size())
+        check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets
+
+    def output_head(self) -> TeacherHead:
+        """What turns the states of `hidden` targets into this teacher's logits; made once.
+
+        Raises:
+            ConfigError: the teacher is no language model, or more than a head stands between its states and its logits.
+        """
+        if self._head is None:
+            model, _ = self._language_model()
+            try:
+                self._head = causal_lm.output_head(model)
+            except ValueError as error:
+                raise ConfigError(
+                    f"Transport hidden of teacher {self.teacher_id!r}: {error}. Choose topk, sampled or full for it."
+                ) from None
+        return self._head
 
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int | None = None
@@ -269,12 +313,6 @@ class TeacherEngine:
     def _runner(self) -> PreTrainedModel:
         """The model whose blocks count: the whole one, or the encoder of a speech recogniser."""
         return encoder.encoder_of(self.tower.model) if self.role == "encoder" else self.tower.model
-
-    def _vocabulary_size(self) -> int | None:
-        """Tokens of its distributions; None without any."""
-        if self.role == "codec_lm":
-            return int(self.tower.model.config.audio_vocab_size)
-        return causal_lm.vocabulary_size(self.tower.model) if self.role == "causal_lm" else None
 
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.tower.tokenizer is None:

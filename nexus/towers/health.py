@@ -14,7 +14,14 @@ from typing import ClassVar
 import numpy as np
 
 from nexus.errors import NexusError
-from nexus.towers.targets import TeacherTargets
+from nexus.towers.targets import (
+    FullTargets,
+    HiddenTargets,
+    SampledTargets,
+    TeacherTargets,
+    TokenDistributions,
+    TokenTargets,
+)
 
 UNIFORM_NATS = 1e-3
 """A distribution whose most probable token is no more than this above 1 / V is uniform: its entropy is ln V within as much. A trained
@@ -75,14 +82,28 @@ def check_targets(targets: TeacherTargets, *, vocabulary_size: int | None) -> No
                 targets.teacher, f"Expected finite {name} from teacher {targets.teacher!r}, found NaN or infinity."
             )
     tokens = targets.tokens
-    if tokens is not None and vocabulary_size is not None and len(tokens.logprobs_NK):
-        above_N = tokens.logprobs_NK[:, 0] + math.log(vocabulary_size)
-        if (np.abs(above_N) < UNIFORM_NATS).all():
-            raise UniformOutputError(
-                targets.teacher,
-                f"Expected teacher {targets.teacher!r} to prefer some tokens, found {len(above_N)} uniform distributions over "
-                f"{vocabulary_size} tokens.",
-            )
+    if tokens is not None and vocabulary_size is not None and _is_uniform(tokens, vocabulary_size):
+        raise UniformOutputError(
+            targets.teacher,
+            f"Expected teacher {targets.teacher!r} to prefer some tokens, found {len(tokens.token_ids_N)} uniform distributions "
+            f"over {vocabulary_size} tokens.",
+        )
+
+
+def _is_uniform(tokens: TokenDistributions, vocabulary_size: int) -> bool:
+    if not len(tokens.token_ids_N):
+        return False
+    if isinstance(tokens, HiddenTargets):
+        # What the head makes of a state is known to the receiver only; from states of zeros it makes one distribution.
+        return not tokens.states_NH.any()
+    largest_N = _logprobs(tokens).max(axis=1)
+    return bool((np.abs(largest_N + math.log(vocabulary_size)) < UNIFORM_NATS).all())
+
+
+def _logprobs(tokens: TokenTargets | SampledTargets | FullTargets) -> np.ndarray:
+    if isinstance(tokens, TokenTargets):
+        return tokens.logprobs_NK
+    return tokens.logprobs_NS if isinstance(tokens, SampledTargets) else tokens.logprobs_NV
 
 
 def check_reply(targets: TeacherTargets, *, row_ids: tuple[str, ...], fingerprint: str) -> None:
@@ -114,6 +135,8 @@ def _row_counts(targets: TeacherTargets) -> Iterable[tuple[str, int]]:
         yield "tokens", len(targets.tokens.offsets_B1) - 1
     for layer, sparse in (targets.features or {}).items():
         yield f"features of layer {layer}", len(sparse.offsets_B1) - 1
+    if targets.denoising is not None:
+        yield "predictions", len(targets.denoising.predictions_BS)
     if targets.pooled_BE is not None:
         yield "embeddings", len(targets.pooled_BE)
     if targets.label_logprobs_BC is not None:
@@ -122,13 +145,24 @@ def _row_counts(targets: TeacherTargets) -> Iterable[tuple[str, int]]:
 
 def _arrays(targets: TeacherTargets) -> Iterable[tuple[str, np.ndarray]]:
     """All that has to be finite. The tail of a distribution may be -infinity: nothing may be left outside the kept ids."""
-    if targets.tokens is not None:
-        yield "log-probabilities", targets.tokens.logprobs_NK
-        yield "tail masses", np.exp(targets.tokens.tail_logprob_N)
+    tokens = targets.tokens
+    if isinstance(tokens, HiddenTargets):
+        yield "last hidden states", tokens.states_NH
+    elif isinstance(tokens, FullTargets):
+        # An id that cannot be has -infinity.
+        yield "probabilities", np.exp(tokens.logprobs_NV)
+    elif tokens is not None:
+        yield "log-probabilities", _logprobs(tokens)
+    if isinstance(tokens, TokenTargets):
+        yield "tail masses", np.exp(tokens.tail_logprob_N)
     for layer, state in targets.hidden.items():
         yield f"hidden states of layer {layer}", state
     for layer, sparse in (targets.features or {}).items():
         yield f"features of layer {layer}", sparse.values_Z
+    if targets.denoising is not None:
+        yield "noise predictions", targets.denoising.predictions_BS
+        for name, state in targets.denoising.blocks.items():
+            yield f"outputs of {name}", state
     if targets.pooled_BE is not None:
         yield "embeddings", targets.pooled_BE
     if targets.label_logprobs_BC is not None:

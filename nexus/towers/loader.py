@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from nexus.profiling.layers import find_blocks
 from nexus.towers.blocks import block_width
 from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
+from nexus.towers.diffusion import Denoiser
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
@@ -77,6 +79,8 @@ class LoadedTower:
     """What it was loaded from; loads it again, for example in floating point."""
     dictionaries: Dictionaries | None = None
     """Of an sae, whose `model` is the base model that it reads; None for all other roles."""
+    denoiser: Denoiser | None = None
+    """The pipeline of a diffusion teacher, whose `model` is the component that predicts the noise; None for all other roles."""
 
 
 class TowerLoader:
@@ -127,9 +131,11 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     check_loadable(spec.id, spec.role)
     if spec.role == "sae":
         return _load_sae(spec, device, quantise=quantise)
+    target = _device(device)
+    if spec.role == "diffusion":
+        return _load_diffusion(spec, target, quantise=quantise and spec.quantise)
     checkpoint = open_checkpoint(Path(spec.path))
     model_class = _model_class(spec, checkpoint)
-    target = _device(device)
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
@@ -156,6 +162,31 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
     )  # fmt: skip
     return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec)
+
+
+def load_component(
+    spec: TeacherSpec, model_class: Any, device: torch.device, *, quantise: bool
+) -> tuple[PreTrainedModel, CoverageReport, str]:
+    """One model of transformers by itself, its coverage, and a hash of its weights and configuration; raises as `load_tower`."""
+    checkpoint = open_checkpoint(Path(spec.path))
+    skeleton = _skeleton(spec, model_class)
+    model, coverage = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
+    return model, coverage, fingerprint_of({"weights": weights_digest(checkpoint), "config": dict(checkpoint.config)})
+
+
+def _load_diffusion(spec: TeacherSpec, device: torch.device, *, quantise: bool) -> LoadedTower:
+    """The pipeline as one teacher; diffusers is an extra, and is imported for these alone."""
+    if find_spec("diffusers") is None:
+        raise TowerLoadError(
+            f"Expected the package diffusers for teacher {spec.id!r}, found none. Type: pip install 'nexus-distill[diffusion]'"
+        )
+    from nexus.towers.pipelines import load_pipeline
+
+    denoiser, coverage, components = load_pipeline(spec, device, quantise=quantise, load_transformer=load_component)
+    fingerprint = fingerprint_of({"pipeline": components, "role": spec.role, "schema": TARGETS_SCHEMA})
+    return LoadedTower(
+        denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser
+    )
 
 
 def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:

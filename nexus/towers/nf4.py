@@ -17,8 +17,8 @@ holds what it and transformers leave to the caller:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -94,12 +94,13 @@ NOTHING_QUANTISED = QuantisationPlan((), ())
 
 
 def plan_quantisation(
-    skeleton: PreTrainedModel, *, teacher_id: str, skip_modules: Sequence[str], min_coverage: float
+    skeleton: nn.Module, *, teacher_id: str, skip_modules: Sequence[str], min_coverage: float
 ) -> QuantisationPlan:
     """Decide what is quantised, and refuse what cannot be quantised as the policy demands.
 
     Args:
-        skeleton: the model in floating point; may lie on the meta device.
+        skeleton: the model in floating point; may lie on the meta device. The output heads of a model of transformers are kept in
+            floating point; other models name theirs in `skip_modules`.
         skip_modules: kept in floating point besides the output heads.
         min_coverage: smallest share of parameters in NF4.
 
@@ -120,14 +121,11 @@ def plan_quantisation(
             f"Give the path from the root of {type(skeleton).__name__}, such as {next(iter(linears), '')!r}."
         )
     # Sorted, because transformers collects them in a set, whose order differs between processes.
-    keep = sorted(
-        {
-            *get_keys_to_not_convert(skeleton),
-            *classification_heads(skeleton),
-            *skip_modules,
-            *(skeleton._keep_in_fp32_modules or ()),
-        }
-    )
+    heads: set[str] = set()
+    if isinstance(skeleton, PreTrainedModel):
+        heads = {*get_keys_to_not_convert(skeleton), *classification_heads(skeleton)}
+    in_float = getattr(skeleton, "_keep_in_fp32_modules", None) or ()
+    keep = sorted({*heads, *skip_modules, *in_float})
     matrices = tuple(name for name in linears if should_convert_module(name, keep))
     reached = tuple(name for name in experts if should_convert_module(name, keep))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -190,7 +188,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def measure_coverage(
-    model: PreTrainedModel,
+    model: nn.Module,
     plan: QuantisationPlan,
     original: Callable[[str], Tensor | None],
     *,
@@ -251,6 +249,25 @@ def measure_coverage(
         quantisable_share=(quantised + _quantisable_left(model, {module.name for module in matrices})) / total,
         stored_bytes=sum(module.stored_bits for module in modules) // 8,
         modules=tuple(modules),
+    )
+
+
+def merge_coverage(reports: Mapping[str, CoverageReport]) -> CoverageReport:
+    """One report over the parts of a teacher; module names begin with the part's."""
+    total = sum(report.total_params for report in reports.values())
+    quantised = sum(report.quantised_params for report in reports.values())
+    modules = tuple(
+        replace(module, name=f"{part}.{module.name}") for part, report in reports.items() for module in report.modules
+    )
+    return CoverageReport(
+        total_params=total,
+        quantised_params=quantised,
+        share=quantised / total,
+        bits_per_param=sum(module.stored_bits for module in modules if module.quantised) / max(1, quantised),
+        max_weight_error=max(report.max_weight_error for report in reports.values()),
+        quantisable_share=sum(report.quantisable_share * report.total_params for report in reports.values()) / total,
+        stored_bytes=sum(report.stored_bytes for report in reports.values()),
+        modules=modules,
     )
 
 
@@ -315,7 +332,7 @@ def _refuse_far(error: float, name: str, teacher_id: str) -> None:
         )
 
 
-def _largest_left(skeleton: PreTrainedModel, quantised: set[str]) -> str:
+def _largest_left(skeleton: nn.Module, quantised: set[str]) -> str:
     """The three modules in floating point that hold most, largest first."""
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters(recurse=False))

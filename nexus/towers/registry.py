@@ -24,7 +24,7 @@ from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 """Roles that a run can distil from."""
 
-LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "sae")
+LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "diffusion", "sae")
 """Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")
@@ -117,6 +117,8 @@ class TeacherEntry(StrictModel):
     """The repository answers only after its licence was accepted with a Hugging Face account."""
     remote_code: RemoteCode = RemoteCode()
     billion_parameters: float = Field(gt=0)
+    active_billion_parameters: float | None = Field(None, gt=0)
+    """That one token passes through, in a mixture of experts; None where that is all of them."""
     memory_gib: float = Field(gt=0)
     """Estimate of the weights in memory: quantised share x 4.13 bits, the rest x 16 bits."""
     needs: tuple[str, ...] = ()

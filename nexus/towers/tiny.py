@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
@@ -80,14 +81,14 @@ def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def spread(model: nn.Module) -> None:
+def spread(model: nn.Module, scale: float = 0.25) -> None:
     """Random weights, the same ones whenever, of a size at which answers differ from row to row."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             # Embeddings that are also the output head would otherwise only repeat the last token.
-            scale = 0.05 if "embed" in name else 0.25
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+            spread_of = 0.05 if "embed" in name else scale
+            parameter.data = torch.randn(parameter.shape, generator=generator) * spread_of
 
 
 def _save(folder: Path, model: Any, *companions: Any) -> None:
@@ -265,6 +266,77 @@ def _personaplex(folder: Path) -> None:
     _save(folder, model, transformers.EncodecFeatureExtractor(sampling_rate=400))
 
 
+def _clip_tokenizer() -> Any:
+    # Byte-pair encoding without merges: one token per character.
+    letters = [*map(chr, range(97, 123)), *map(str, range(10)), ".", ","]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return transformers.CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
+
+
+def _tiny_vae(class_name: str, **sizes: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, class_name)(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, **sizes,
+    )  # fmt: skip
+
+
+def _save_pipeline(folder: Path, pipeline: Any) -> None:
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            spread(component, scale=0.1)
+            component.half()
+    pipeline.save_pretrained(folder)
+
+
+def _sd3(folder: Path) -> None:
+    import diffusers
+
+    tokenizer = _clip_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = [
+        _build("CLIPTextModelWithProjection", **sizes, vocab_size=len(tokenizer), projection_dim=64, bos_token_id=0, eos_token_id=1)
+        for _ in range(2)
+    ]  # fmt: skip
+    t5_tokenizer = transformers.T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((chr(code), -3.0) for code in (0x2581, *range(97, 123)))],
+        extra_ids=0,
+    )
+    t5 = _build("T5EncoderModel", d_model=128, d_ff=128, d_kv=32, num_heads=4, num_layers=2, vocab_size=64)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=4,
+        caption_projection_dim=64, joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
+    )  # fmt: skip
+    vae = _tiny_vae(
+        "AutoencoderKL", up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False
+    )
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(), vae, clip[0], tokenizer, clip[1], tokenizer, t5, t5_tokenizer
+    )
+    _save_pipeline(folder, pipeline)
+
+
+def _svd(folder: Path) -> None:
+    import diffusers
+
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(64, 128), layers_per_block=1, sample_size=8, in_channels=8, out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=64, num_attention_heads=(4, 4), projection_class_embeddings_input_dim=192,
+        addition_time_embed_dim=64, num_frames=2,
+    )  # fmt: skip
+    # The pipeline shrinks every picture to 224 pixels for this encoder.
+    clip = _build("CLIPVisionModelWithProjection", **_ENCODER, image_size=224, patch_size=28, projection_dim=64)
+    pipeline = diffusers.StableVideoDiffusionPipeline(
+        _tiny_vae("AutoencoderKLTemporalDecoder"), clip, unet, diffusers.EulerDiscreteScheduler(), CLIPImageProcessorPil()
+    )
+    _save_pipeline(folder, pipeline)
+
+
 _BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "agentcpm-explore": _qwen3,
     "glm-4.7-flash": _glm,
@@ -281,4 +353,6 @@ _BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "vibevoice-asr": _vibevoice,
     "gemma-scope-2-27b": _gemma_scope,
     "personaplex-7b": _personaplex,
+    "sd3-medium": _sd3,
+    "svd-xt-1.1": _svd,
 }

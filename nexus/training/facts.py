@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from nexus.artifacts import StrictModel
 from nexus.config import Role
+from nexus.towers.targets import Transport
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class TeacherFacts:
     fingerprint: str
     critical_layers: tuple[tuple[int, float], ...]
     """(layer, weight) from the profile; empty anchors nothing."""
+
+
+@dataclass(frozen=True)
+class TokenTransport:
+    """How one teacher's token distributions are asked for; see `nexus.towers.targets.ScoreRequest`."""
+
+    kind: Transport
+    draws: int | None = None
+    max_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """The distillation loop: batches and teacher targets in, optimizer steps out. Knows no actor; targets come through a Protocol.
 
-While the student trains on one draw, the targets of the next `window` draws are being made. They are collected in draw order, so
-the weights do not depend on which teacher was faster, or was killed and asked again. Every step passes the recovery check before
-the optimizer; a skipped draw costs no optimizer step, so a run always makes `steps` of them.
+While the student trains on one step's draws, the targets of the next `window` steps are being made. They are collected in draw
+order, so the weights do not depend on which teacher was faster, or was killed and asked again. Every step passes the recovery check
+before the optimizer; a skipped one costs no optimizer step, so a run always makes `steps` of them.
+
+A step takes `accumulate` draws, each a micro-batch of its own. Every loss is a sum over its scored tokens divided by those of the
+whole step, and each teacher's gradient is added up before the teachers are combined: the step equals that of one large batch.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,22 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from nexus.adapters.base import Adapter
+from nexus.data.records import Record
 from nexus.errors import ConfigError
 from nexus.student.memory import NexusStudent
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
+from nexus.training.average import WeightAverage
 from nexus.training.batches import Assignment, StepBatch, StepBatches
-from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss, apply_surgery
-from nexus.training.objective import DistillationObjective, TeacherLoss
+from nexus.training.loss import GradientSurgeryLoss, SurgeryLoss
+from nexus.training.objective import DistillationObjective, Whole
 from nexus.training.optimizer import MuonAdamW, hidden_matrices
 from nexus.training.recovery import RecoveryConfig, RecoveryStep, SampleQuarantine
-from nexus.training.scheduler import LearningRateSchedule, cosine_decay
+from nexus.training.scheduler import LearningRateSchedule, ScheduleKind, cosine_decay, ramp_share
 from nexus.training.snapshot import Stateful
+from nexus.training.teacher_gradients import (
+    SurgeryMethod,
+    SurgeryOutcome,
+    SurgerySteps,
+    TeacherGradients,
+    backward_in_parts,
+)
 
 ADAM_BETAS = (0.9, 0.95)
 """The second decay of language-model training (GPT-3, LLaMA): the variance follows a spike within 20 steps instead of 1,000."""
-FINAL_RATE_FRACTION = 0.02
-"""Of the peak, at the last step: a short run gains most of its accuracy while the rate falls."""
-
 
 class TargetSource(Protocol):
     """Where targets come from: a pool of teacher actors, or teachers in this process."""
@@ -44,6 +53,10 @@ class TargetSource(Protocol):
 
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for the targets under `key`."""
+        ...
+
+    def head(self, teacher: str) -> TeacherHead:
+        """A language teacher's output head, for its `hidden` targets."""
         ...
 
     def forget(self) -> None:
@@ -82,32 +95,45 @@ class LoopSettings:
     steps: int
     optimizer: Literal["adamw", "muon"]
     learning_rate: float
+    schedule: ScheduleKind
     warmup_steps: int
+    final_rate: float
+    decay_share: float
     weight_decay: float
     grad_clip: float
+    accumulate: int
+    ema_decay: float | None
     gold_weight: float
     anchor_start: float
     anchor_end: float
     window: int
     snapshot_every: int
     checkpoint_every: int
-    surgery_method: Literal["none", "upgrad", "pcgrad"]
+    surgery_method: SurgeryMethod
     surgery_every: int
+    surgery_subset: Literal["adapters_and_trunk", "adapters", "trunk"]
+    ramps: Mapping[str, tuple[int, int]]
+    """Teacher -> (first step, steps over which its importance rises from 0); others take part in full from the start."""
     seed: int
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one draw did; `step` counts optimizer steps before it."""
+    """What one optimizer step, or the attempt at it, did; `step` counts optimizer steps before it."""
 
     step: int
     draw: int
+    """The first of its draws."""
     action: Literal["step", "skip", "rollback"]
     losses: Mapping[str, float]
     """l_t of each teacher, unpenalised."""
     kd: Mapping[str, float]
     anchor: Mapping[str, float]
     coefficients: Mapping[str, float]
+    excluded: tuple[str, ...]
+    """Teachers whose loss was nan or inf and took no part."""
+    surgery: SurgeryOutcome | None
+    """What surgery found, on the steps that it was due."""
     gold: float | None
     total: float
     grad_norm: float
@@ -120,13 +146,34 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class _Losses:
-    total: Tensor
+class _Parts:
+    """One draw's shares of the losses of its step; they add up to the step's."""
+
+    kd: dict[str, Tensor]
+    anchor: dict[str, Tensor]
     per_teacher: dict[str, Tensor]
+    gold: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the losses of a step are divided by, over all its draws."""
+
+    teachers: dict[Assignment, Whole]
+    labelled: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The losses of one optimizer step, whose gradient is in place."""
+
+    total: Tensor
+    per_teacher: dict[str, float]
     kd: dict[str, float]
     anchor: dict[str, float]
-    gold: Tensor | None
+    gold: float | None
     combined: SurgeryLoss | None
+    outcome: SurgeryOutcome | None
 
 
 class DistillationLoop:
@@ -156,20 +203,30 @@ class DistillationLoop:
         self._spike = spike
         self._asked = 0
         """Draws ahead whose targets have been asked for."""
+        self._awaited: set[Hashable] = set()
+        """Keys of the targets that were asked for and not collected yet."""
         self.optimizer = _optimizer(objective, settings)
         self.scheduler = LearningRateSchedule(
             self.optimizer,
             warmup_steps=settings.warmup_steps,
             total_steps=settings.steps,
-            final_fraction=FINAL_RATE_FRACTION,
+            final_fraction=settings.final_rate,
+            decay_share=settings.decay_share,
+            kind=settings.schedule,
         )
-        self._generator = torch.Generator().manual_seed(settings.seed)
         self._parts: dict[str, Stateful] = {
             f"standardiser.{key}": part for key, part in objective.standardisers.items()
         }
-        self._parts["generator"] = _GeneratorState(self._generator)
         if surgery is not None:
             self._parts["surgery"] = surgery
+        self._shared, self._others = _surgery_subset(objective, settings)
+        self._operation: SurgerySteps | None = None
+        if settings.surgery_method != "none" and surgery is not None:
+            self._operation = SurgerySteps(settings.surgery_method, every=settings.surgery_every, seed=settings.seed)
+            self._parts["operation"] = self._operation
+        self.average: WeightAverage | None = None
+        if settings.ema_decay is not None:
+            self.average = WeightAverage(objective, decay=settings.ema_decay)
         self.recovery = RecoveryStep(
             objective,
             self.optimizer,
@@ -177,6 +234,7 @@ class DistillationLoop:
             data=batches,
             config=recovery,
             extra=self._parts,
+            stepped={} if self.average is None else {"average": self.average},
             quarantine=quarantine,
         )
 
@@ -208,20 +266,23 @@ class DistillationLoop:
         return True
 
     def advance(self) -> StepReport:
-        """Train on the next draw, or skip it, or roll back."""
-        batch = self.batches.peek(0)
+        """Train on the draws of one step, or skip them, or roll back."""
+        batches = [self.batches.peek(ahead) for ahead in range(self.settings.accumulate)]
+        sample_ids = tuple(sample_id for batch in batches for sample_id in batch.sample_ids)
         start = time.perf_counter()
-        targets = self._targets(batch)
+        targets = [self._targets(batch) for batch in batches]
         wait_s = time.perf_counter() - start
         self.recovery.begin_step()
-        losses = self._losses(batch, targets)
-        total = self._with_spike(losses.total, batch.draw)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward(retain_graph=self._operates)
-        self._operate(losses)
+        factor = self._spike_factor(batches)
+        losses = (
+            self._whole_step(batches[0], targets[0], factor)
+            if len(batches) == 1
+            else self._accumulated_step(batches, targets, factor)
+        )
         grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        action = self.recovery.check(total.detach(), grad_norm, batch.sample_ids)
+        action = self.recovery.check(losses.total, grad_norm, sample_ids)
         step = self.step
         restored = None
         if action != "step":
@@ -232,33 +293,38 @@ class DistillationLoop:
         else:
             if action == "step":
                 self._step()
-            self.batches.advance()
-            self._asked -= 1
+            for _ in batches:
+                self.batches.advance()
+            self._asked -= len(batches)
         return StepReport(
             step=step,
-            draw=batch.draw,
+            draw=batches[0].draw,
             action=action,
-            losses={teacher: float(loss.detach()) for teacher, loss in losses.per_teacher.items()},
+            losses=losses.per_teacher,
             kd=losses.kd,
             anchor=losses.anchor,
             coefficients={} if losses.combined is None else losses.combined.coefficients,
-            gold=None if losses.gold is None else float(losses.gold.detach()),
-            total=float(total.detach()),
+            excluded=() if losses.combined is None else losses.combined.excluded,
+            surgery=losses.outcome,
+            gold=losses.gold,
+            total=float(losses.total),
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
-            rows=len(batch.sample_ids),
+            rows=len(sample_ids),
             wait_s=wait_s,
             restored_step=restored,
         )
 
     def _step(self) -> None:
-        warming_up, phase = self._warming_up, self.scheduler.phase
+        before = (self._warming_up, self.scheduler.phase, self._teaching(self.step))
         self.optimizer.step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
         self.step += 1
-        if (self._warming_up, self.scheduler.phase) != (warming_up, phase):
+        if (self._warming_up, self.scheduler.phase, self._teaching(self.step)) != before:
             # The level of the loss is about to change for a known reason.
-            self.recovery.rebaseline("the learning rate's phase or the teachers' baselines changed")
+            self.recovery.rebaseline("the learning rate's phase, the teachers, or their baselines changed")
 
     @property
     def _warming_up(self) -> bool:
@@ -273,6 +339,7 @@ class DistillationLoop:
             "recovery": self.recovery.state_dict(),
             "batches": self.batches.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
         }
 
@@ -286,6 +353,8 @@ class DistillationLoop:
         self.batches.excluded = self.recovery.quarantine.confirmed
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
         self._forget()
 
@@ -293,110 +362,227 @@ class DistillationLoop:
 
     def _targets(self, batch: StepBatch) -> dict[Assignment, TeacherTargets | None]:
         """Targets of `batch`, after asking for those of the draws behind it."""
-        while self._asked <= self.settings.window:
-            self._ask(self.batches.peek(self._asked))
+        while self._asked < self.settings.accumulate * (self.settings.window + 1):
+            # A draw is trained on no later than when every draw before it makes its step.
+            self._ask(self.batches.peek(self._asked), self.step + self._asked // self.settings.accumulate)
             self._asked += 1
-        return {
-            assignment: self._source.collect(_key(batch, assignment))
-            if self._source is not None and self.objective.request(assignment, records) is not None
-            else None
-            for assignment, records in batch.unlabelled.items()
-        }
+        return {assignment: self._collect(batch, assignment) for assignment in batch.unlabelled}
 
-    def _ask(self, batch: StepBatch) -> None:
+    def _ask(self, batch: StepBatch, step: int) -> None:
         for assignment, records in batch.unlabelled.items():
             request = self.objective.request(assignment, records)
-            if self._source is not None and request is not None:
-                self._source.submit(_key(batch, assignment), assignment.teacher, request)
+            if self._source is not None and request is not None and self._share(assignment.teacher, step):
+                key = _key(batch, assignment)
+                self._source.submit(key, assignment.teacher, request)
+                self._awaited.add(key)
+
+    def _collect(self, batch: StepBatch, assignment: Assignment) -> TeacherTargets | None:
+        key = _key(batch, assignment)
+        if self._source is None or key not in self._awaited:
+            return None
+        self._awaited.discard(key)
+        return self._source.collect(key)
 
     def _forget(self) -> None:
         self._asked = 0
+        self._awaited.clear()
         if self._source is not None:
             self._source.forget()
 
+    # --- teachers -------------------------------------------------------------------------------------------------------------
+
+    def _share(self, teacher: str, step: int) -> float:
+        """Of its importance that a teacher has at `step`; 0 before it takes part."""
+        return ramp_share(step, *self.settings.ramps[teacher]) if teacher in self.settings.ramps else 1.0
+
+    def _teaching(self, step: int) -> tuple[str, ...]:
+        return tuple(teacher for teacher in self._importance if self._share(teacher, step))
+
     # --- losses ---------------------------------------------------------------------------------------------------------------
 
-    def _losses(self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None]) -> _Losses:
+    def _parts_of(
+        self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None], sizes: _Sizes | None
+    ) -> _Parts:
+        """The losses of one draw, as shares of its step where `sizes` are given."""
         settings = self.settings
         gamma = cosine_decay(settings.anchor_start, settings.anchor_end, self.step, settings.steps)
-        parts: dict[str, list[TeacherLoss]] = {}
-        for assignment, records in batch.unlabelled.items():
-            if records:
-                loss = self.objective.teacher_loss(assignment, records, targets[assignment])
-                parts.setdefault(assignment.teacher, []).append(loss)
-        kd = {teacher: torch.stack([loss.kd for loss in losses]).mean() for teacher, losses in parts.items()}
-        anchor = {teacher: torch.stack([loss.anchor for loss in losses]).mean() for teacher, losses in parts.items()}
-        per_teacher = {teacher: kd[teacher] + gamma * anchor[teacher] for teacher in parts}
-        labelled = {capability: rows for capability, rows in batch.labelled.items() if rows}
-        gold = self.objective.gold_loss(labelled) if labelled else None
-        combined = self._surgery(per_teacher) if self._surgery is not None and per_teacher else None
-        terms = [] if combined is None else [combined.loss]
-        if gold is not None and settings.gold_weight:
-            terms.append(settings.gold_weight * gold)
+        kds: dict[str, list[Tensor]] = {}
+        anchors: dict[str, list[Tensor]] = {}
+        for assignment, records in self._taught(batch).items():
+            whole = None if sizes is None else sizes.teachers[assignment]
+            loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole)
+            kds.setdefault(assignment.teacher, []).append(loss.kd)
+            anchors.setdefault(assignment.teacher, []).append(loss.anchor)
+        asked = list(self._taught(batch)) if sizes is None else list(sizes.teachers)
+        counts = {teacher: sum(assignment.teacher == teacher for assignment in asked) for teacher in kds}
+        kd = {teacher: torch.stack(parts).sum() / counts[teacher] for teacher, parts in kds.items()}
+        anchor = {teacher: torch.stack(parts).sum() / counts[teacher] for teacher, parts in anchors.items()}
+        labelled = _with_rows(batch)
+        return _Parts(
+            kd=kd,
+            anchor=anchor,
+            per_teacher={teacher: kd[teacher] + gamma * anchor[teacher] for teacher in kd},
+            gold=self.objective.gold_loss(labelled, num_tokens=None if sizes is None else sizes.labelled)
+            if labelled
+            else None,
+        )
+
+    def _taught(self, batch: StepBatch) -> dict[Assignment, tuple[Record, ...]]:
+        """The rows of the teachers that take part at this step."""
+        return {
+            assignment: records
+            for assignment, records in batch.unlabelled.items()
+            if records and self._share(assignment.teacher, self.step)
+        }
+
+    def _combine(self, per_teacher: Mapping[str, Tensor]) -> SurgeryLoss | None:
+        if self._surgery is None or not per_teacher:
+            return None
+        shares = {teacher: self._share(teacher, self.step) for teacher in per_teacher}
+        return self._surgery(per_teacher, shares=shares)
+
+    def _total(self, combined: Tensor | None, gold: Tensor | None) -> Tensor:
+        terms = [] if combined is None else [combined]
+        if gold is not None and self.settings.gold_weight:
+            terms.append(self.settings.gold_weight * gold)
         if not terms:
             raise ConfigError(
                 "Expected teachers or labelled rows with gold_weight above 0, found neither: nothing would train the student. "
                 "Add one of them."
             )
-        return _Losses(
-            total=torch.stack(terms).sum(),
-            per_teacher=per_teacher,
-            kd={teacher: float(value.detach()) for teacher, value in kd.items()},
-            anchor={teacher: float(value.detach()) for teacher, value in anchor.items()},
-            gold=gold,
+        return torch.stack(terms).sum()
+
+    def _spike_factor(self, batches: Sequence[StepBatch]) -> float:
+        drawn = self._spike is not None and self._spike.draw in [batch.draw for batch in batches]
+        return self._spike.factor if self._spike is not None and drawn else 1.0
+
+    # --- gradients ------------------------------------------------------------------------------------------------------------
+
+    def _whole_step(
+        self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None], factor: float
+    ) -> _Step:
+        """The losses and gradient of a step of one draw."""
+        parts = self._parts_of(batch, targets, None)
+        combined = self._combine(parts.per_teacher)
+        total = self._total(None if combined is None else combined.loss, parts.gold) * factor
+        outcome = None
+        if self._operation is None or combined is None or not combined.coefficients:
+            total.backward()
+        elif self._operation.due(tuple(combined.coefficients)):
+            gradients = TeacherGradients(self._shared, self._others)
+            self._differentiate(gradients, parts)
+            outcome = self._write(gradients, combined, factor)
+        else:
+            assert self._surgery is not None
+            weighted = self._operation.weighted(parts.per_teacher, combined, self._surgery.baselines)
+            if weighted is None:
+                total.backward()
+            else:
+                whole = self._total(weighted, parts.gold) * factor
+                backward_in_parts(whole, total, shared=self._shared, others=self._others)
+        return _Step(
+            total=total.detach(),
+            per_teacher=_floats(parts.per_teacher),
+            kd=_floats(parts.kd),
+            anchor=_floats(parts.anchor),
+            gold=None if parts.gold is None else float(parts.gold.detach()),
             combined=combined,
+            outcome=outcome,
         )
 
-    def _with_spike(self, total: Tensor, draw: int) -> Tensor:
-        if self._spike is None or self._spike.draw != draw:
-            return total
-        return total * self._spike.factor
-
-    @property
-    def _operates(self) -> bool:
-        return self.settings.surgery_method != "none" and self.step % self.settings.surgery_every == 0
-
-    def _operate(self, losses: _Losses) -> None:
-        """Replace the adapters' and trunk's gradient by its surgery, on the steps that it is due."""
-        if not self._operates or losses.combined is None or self._surgery is None:
-            return
-        assert self.settings.surgery_method != "none"
-        student = self.objective.student
-        shared = [*student.core.parameters(), *student.adapters.parameters()]
-        # The labelled rows' gradient takes no part in the surgery; it is added to what the surgery writes.
-        gold = None
-        if losses.gold is not None and self.settings.gold_weight:
-            gold = torch.autograd.grad(
-                self.settings.gold_weight * losses.gold, shared, retain_graph=True, allow_unused=True
-            )
-        apply_surgery(
-            losses.per_teacher,
-            losses.combined,
-            self._surgery.baselines,
-            shared,
-            method=self.settings.surgery_method,
-            generator=self._generator,
+    def _accumulated_step(
+        self,
+        batches: Sequence[StepBatch],
+        targets: Sequence[Mapping[Assignment, TeacherTargets | None]],
+        factor: float,
+    ) -> _Step:
+        """The losses and gradient of a step of several draws; one draw's graph is in memory at a time."""
+        sizes = self._sizes(batches, targets)
+        gradients = TeacherGradients(self._shared, self._others)
+        sums: dict[str, dict[str, Tensor]] = {"kd": {}, "anchor": {}, "per_teacher": {}}
+        golds: list[Tensor] = []
+        for batch, answers in zip(batches, targets, strict=True):
+            parts = self._parts_of(batch, answers, sizes)
+            self._differentiate(gradients, parts)
+            for name, found in (("kd", parts.kd), ("anchor", parts.anchor), ("per_teacher", parts.per_teacher)):
+                for teacher, value in found.items():
+                    sums[name][teacher] = sums[name].get(teacher, torch.zeros(())) + value.detach().cpu()
+            if parts.gold is not None:
+                golds.append(parts.gold.detach().cpu())
+        combined = self._combine(sums["per_teacher"])
+        gold = torch.stack(golds).sum() if golds else None
+        total = self._total(None if combined is None else combined.loss, gold) * factor
+        outcome = self._write(gradients, combined, factor)
+        return _Step(
+            total=total,
+            per_teacher=_floats(sums["per_teacher"]),
+            kd=_floats(sums["kd"]),
+            anchor=_floats(sums["anchor"]),
+            gold=None if gold is None else float(gold),
+            combined=combined,
+            outcome=outcome,
         )
-        for parameter, gradient in zip(shared, gold or (), strict=False):
-            if gradient is not None and parameter.grad is not None:
-                parameter.grad += gradient
 
+    def _sizes(
+        self, batches: Sequence[StepBatch], targets: Sequence[Mapping[Assignment, TeacherTargets | None]]
+    ) -> _Sizes:
+        teachers: dict[Assignment, Whole] = {}
+        labelled: dict[str, int] = {}
+        for batch, answers in zip(batches, targets, strict=True):
+            for assignment, records in self._taught(batch).items():
+                own = self.objective.size(assignment, records, answers[assignment])
+                teachers[assignment] = own if assignment not in teachers else teachers[assignment] + own
+            for capability, records in _with_rows(batch).items():
+                labelled[capability] = labelled.get(capability, 0) + self.objective.num_gold_tokens(records)
+        return _Sizes(teachers, labelled)
 
-class _GeneratorState:
-    """A torch generator as a part of the training state: the order of PCGrad's projections is drawn from it."""
+    def _differentiate(self, gradients: TeacherGradients, parts: _Parts) -> None:
+        for teacher, loss in parts.per_teacher.items():
+            gradients.add(teacher, loss)
+        if parts.gold is not None and self.settings.gold_weight:
+            gradients.add_plain(self.settings.gold_weight * parts.gold)
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-
-    def state_dict(self) -> Tensor:
-        return self._generator.get_state()
-
-    def load_state_dict(self, state: Tensor) -> None:
-        self._generator.set_state(state)
+    def _write(
+        self, gradients: TeacherGradients, combined: SurgeryLoss | None, factor: float
+    ) -> SurgeryOutcome | None:
+        """Set the gradients of the step; returns what surgery found where it was due."""
+        due = self._operation is not None and combined is not None and self._operation.due(tuple(combined.coefficients))
+        baselines = {} if self._surgery is None else self._surgery.baselines
+        outcome = gradients.write(combined, baselines, self._operation)
+        if factor != 1.0:
+            for parameter in self.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= factor
+        return outcome if due else None
 
 
 def _key(batch: StepBatch, assignment: Assignment) -> Hashable:
     return (batch.draw, str(assignment))
+
+
+def _with_rows(batch: StepBatch) -> dict[str, tuple[Record, ...]]:
+    return {capability: rows for capability, rows in batch.labelled.items() if rows}
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {teacher: float(value.detach()) for teacher, value in values.items()}
+
+
+def _surgery_subset(
+    objective: DistillationObjective, settings: LoopSettings
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters that surgery combines, and all others that train, among them the maps to the teachers' spaces."""
+    student = objective.student
+    adapters = [adapter for adapter in student.adapters.values() if isinstance(adapter, Adapter)]
+    maps = {id(parameter) for adapter in adapters for parameter in adapter.alignments.parameters()}
+    chosen: list[nn.Module] = []
+    if settings.surgery_subset != "adapters":
+        chosen.append(student.core)
+    if settings.surgery_subset != "trunk":
+        chosen.append(student.adapters)
+    shared = [p for module in chosen for p in module.parameters() if p.requires_grad and id(p) not in maps]
+    taken = {id(parameter) for parameter in shared}
+    return shared, [p for p in objective.parameters() if p.requires_grad and id(p) not in taken]
 
 
 def _optimizer(objective: DistillationObjective, settings: LoopSettings) -> torch.optim.Optimizer:

@@ -25,11 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-
-from nexus.training.surgery import Method, SurgeryPlan, plan_surgery, weighted_sum
+from torch import Tensor
 
 Mode = Literal["variance", "std"]
 
@@ -144,11 +141,12 @@ class GradientSurgeryLoss:
         """True while the baseline of some teacher still moves."""
         return any(name not in self._frozen for name in self.importance)
 
-    def __call__(self, losses: Mapping[str, Tensor]) -> SurgeryLoss:
+    def __call__(self, losses: Mapping[str, Tensor], *, shares: Mapping[str, float] | None = None) -> SurgeryLoss:
         """Combine the losses of the teachers that labelled this batch; teachers left out of `losses` are absent.
 
         Args:
             losses: l_t by teacher, one number each, attached to the graph.
+            shares: of its importance that each teacher has in this step, above 0, for teachers that are ramped in; None is 1.
 
         Returns:
             The combined loss and what it was made of. When every loss is nan or inf there is nothing to combine: `loss` is
@@ -185,8 +183,9 @@ class GradientSurgeryLoss:
             )
         for name in present:
             self._observe(name, values[name])
-        total = sum(self.importance[name] for name in present)
-        weights = [self.importance[name] / total for name in present]
+        importance = {name: self.importance[name] * (1.0 if shares is None else shares[name]) for name in present}
+        total = sum(importance.values())
+        weights = [weight / total for weight in importance.values()]
         ratios = [values[name] / self._baselines[name] for name in present]
         # float64 throughout: the squares of float32 ratios overflow at 1e19, which a spike can reach.
         ratios_N = torch.stack([losses[name].reshape(()).double() / self._baselines[name] for name in present])
@@ -260,130 +259,3 @@ def _penalised_mean(
         loss = mu + lam * deviation
         slope = lam / float(deviation.detach())
     return loss, [weight * (1.0 + slope * (ratio - mu_value)) for weight, ratio in zip(weights, ratios, strict=True)]
-
-
-def teacher_gradients(
-    losses: Mapping[str, Tensor], baselines: Mapping[str, float], parameters: Sequence[nn.Parameter]
-) -> Tensor:
-    """Gradient of each r_t = l_t / b_t with respect to `parameters`, flattened and concatenated: [N, P], float32 or wider.
-
-    Runs one backward pass per teacher and keeps the graph. A parameter that a loss does not reach has gradient 0. Under
-    gradient accumulation the result of the micro-batches may be added before it is combined.
-
-    Args:
-        losses: l_t by teacher; rows follow this order.
-        baselines: b_t of each of them (`GradientSurgeryLoss.baselines`).
-        parameters: the surgery subset, for example the adapters and the trunk's LoRA weights.
-    """
-    rows: list[Tensor] = []
-    for name, loss in losses.items():
-        gradients = torch.autograd.grad(
-            loss.reshape(()) / baselines[name],
-            list(parameters),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        rows.append(torch.cat([gradient.reshape(-1).to(_at_least_float32(gradient)) for gradient in gradients]))
-    return torch.stack(rows)
-
-
-@dataclass(frozen=True)
-class SurgeryOutcome:
-    """What surgery found on one step, for the log and for the steps until it is due again."""
-
-    teachers: tuple[str, ...]
-    """The teachers that took part, sorted; the order of every array."""
-    plan: SurgeryPlan
-    factors: dict[str, float]
-    """The weight of each teacher's own gradient grad r_t in what was written; the coefficients where nothing conflicted."""
-    pareto_stationary: bool
-    """The teachers cancel: the step on these parameters is 0."""
-
-    @property
-    def cosines(self) -> dict[str, dict[str, float]]:
-        """The conflict matrix by teacher; a teacher whose gradient is 0 has cosine 0 with all."""
-        rows = self.plan.cosines_NN.tolist()
-        return {
-            teacher: dict(zip(self.teachers, row, strict=True))
-            for teacher, row in zip(self.teachers, rows, strict=True)
-        }
-
-
-def apply_surgery(
-    losses: Mapping[str, Tensor],
-    result: SurgeryLoss,
-    baselines: Mapping[str, float],
-    parameters: Sequence[nn.Parameter],
-    *,
-    method: Method,
-    generator: torch.Generator | None = None,
-) -> SurgeryOutcome | None:
-    """Replace `.grad` of `parameters` by the gradient that surgery makes of the teachers' own gradients.
-
-    Call it after `result.loss.backward(retain_graph=True)`, which gave all other parameters their gradient. What holds for the
-    written gradient (no negative inner product with any teacher's, for "upgrad") survives clipping by norm, but not the
-    diagonal preconditioner of Adam nor weight decay.
-
-    Args:
-        losses: what `GradientSurgeryLoss` was called with; teachers that it excluded are left out here too.
-        result: what it returned.
-        baselines: its `baselines`.
-        parameters: the surgery subset.
-        method: see `surgery.combine`.
-        generator: fixes the order in which "pcgrad" projects.
-
-    Returns:
-        What was found; None, with every `.grad` as it was, where a teacher of a finite loss has a gradient that is not: the plain
-        gradient is then not finite either, for the recovery step to refuse.
-    """
-    present = {name: losses[name] for name in result.coefficients}
-    gradients_NP = teacher_gradients(present, baselines, parameters)
-    if not bool(torch.isfinite(gradients_NP).all()):
-        return None
-    coefficients = np.array(list(result.coefficients.values()), dtype=np.float64)
-    plan = plan_surgery(gradients_NP, method=method, generator=generator)
-    factors = plan.factors(coefficients)
-    combined_P = weighted_sum(gradients_NP, factors)
-    parts = combined_P.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
-    return SurgeryOutcome(
-        tuple(present),
-        plan,
-        dict(zip(present, factors.tolist(), strict=True)),
-        pareto_stationary=plan.is_stationary(coefficients),
-    )
-
-
-def reapply_surgery(
-    losses: Mapping[str, Tensor],
-    result: SurgeryLoss,
-    baselines: Mapping[str, float],
-    parameters: Sequence[nn.Parameter],
-    *,
-    outcome: SurgeryOutcome,
-) -> bool:
-    """Replace `.grad` of `parameters` as an earlier surgery would, in one backward pass instead of one per teacher.
-
-    The earlier plan meets this step's coefficients and gradients, so "upgrad" no longer promises anything; it costs (1 + 2 N) / 3
-    plain steps to keep the promise at every step. The graph is kept.
-
-    Returns:
-        False, with every `.grad` as it was, where the teachers are not those of the plan: then surgery is due.
-    """
-    if tuple(result.coefficients) != outcome.teachers:
-        return False
-    factors = outcome.plan.factors(np.array(list(result.coefficients.values()), dtype=np.float64))
-    ratios = [losses[name].reshape(()).double() / baselines[name] for name in outcome.teachers]
-    weighted = sum((factor * ratio for factor, ratio in zip(factors.tolist(), ratios, strict=True)), torch.zeros(()))
-    gradients = torch.autograd.grad(
-        weighted, list(parameters), retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.to(parameter.dtype)
-    return True
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

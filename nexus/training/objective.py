@@ -2,7 +2,9 @@
 
 For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
 KD_t depends on what the teacher gives:
-- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) on its top-k and tail, at every token of its own answer;
+- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) at every token of its own answer, on its top-k and tail, its
+  whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of KL(teacher || student), because the
+  mix has none;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
   distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
 - a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`),
@@ -16,9 +18,10 @@ Shape letters: B rows, T tokens, V vocabulary, N scored tokens, H a teacher's wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,11 +37,25 @@ from nexus.student.inputs import record_media
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec
 from nexus.towers.health import check_reply
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import (
+    FullTargets,
+    HiddenTargets,
+    SampledTargets,
+    ScoreRequest,
+    TeacherHead,
+    TeacherTargets,
+)
 from nexus.training.batches import Assignment
-from nexus.training.divergence import distill_divergence_topk, kd_loss, topk_tail_kl
-from nexus.training.facts import CapabilityFacts, TeacherFacts
+from nexus.training.divergence import (
+    distill_divergence,
+    distill_divergence_topk,
+    kd_loss,
+    sampled_kl,
+    topk_tail_kl,
+)
+from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
+from nexus.training.hidden_divergence import DISTILL_MIX, OutputHead, hidden_divergence
 from nexus.training.labels import LabelTokens
 
 
@@ -48,6 +65,18 @@ class TeacherLoss:
 
     kd: Tensor
     anchor: Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a loss is divided by where its rows are a part of an optimizer step: the step's scored tokens and rows."""
+
+    tokens: int
+    rows: int
+
+    def __add__(self, other: Whole) -> Whole:
+        """Of both parts together."""
+        return Whole(self.tokens + other.tokens, self.rows + other.rows)
 
 
 class DistillationObjective(nn.Module):
@@ -64,7 +93,14 @@ class DistillationObjective(nn.Module):
         top_k: int,
         response_weight: float,
         max_length: int,
+        transports: Mapping[str, TokenTransport] | None = None,
+        head_of: Callable[[str], TeacherHead] | None = None,
     ) -> None:
+        """
+        Args:
+            transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
+            head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
+        """
         super().__init__()
         self.student = student
         self.tokenizer = tokenizer
@@ -74,6 +110,9 @@ class DistillationObjective(nn.Module):
         self._top_k = top_k
         self._response_weight = response_weight
         self._max_length = max_length
+        self._transports = dict(transports or {})
+        self._head_of = head_of
+        self._heads: dict[str, OutputHead] = {}
         width = student.spec.core.hidden_size
         self.trunk_alignments = nn.ModuleDict(
             {
@@ -104,6 +143,8 @@ class DistillationObjective(nn.Module):
         if not records or (teacher.role == "causal_lm" and not teacher.shares_tokenizer and not layers):
             return None
         is_language = teacher.role == "causal_lm"
+        # Where the vocabulary is another, the distribution cannot be learned from: its smallest form will do.
+        chosen = self._transports.get(teacher.id) if teacher.shares_tokenizer else None
         return ScoreRequest(
             row_ids=tuple(record.id for record in records),
             prompts=tuple(record.prompt for record in records),
@@ -113,14 +154,35 @@ class DistillationObjective(nn.Module):
             top_k=self._top_k,
             layers=layers,
             snr_db=self.capabilities[assignment.capability].snr_db,
+            transport="topk" if chosen is None else chosen.kind,
+            draws=None if chosen is None else chosen.draws,
+            max_error=None if chosen is None else chosen.max_error,
         )
 
     # --- losses ---------------------------------------------------------------------------------------------------------------
 
+    def size(self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None) -> Whole:
+        """Scored tokens and rows of one micro-batch; the sum over a step's micro-batches is what `teacher_loss` divides by."""
+        completions = self._completions(self.teachers[assignment.teacher], records, targets)
+        return Whole(self._collate(records, completions).num_loss_tokens, len(records))
+
+    def num_gold_tokens(self, records: Sequence[Record]) -> int:
+        """Scored tokens of labelled rows."""
+        return self._collate(records, [_completion(record) for record in records]).num_loss_tokens
+
     def teacher_loss(
-        self, assignment: Assignment, records: Sequence[Record], targets: TeacherTargets | None
+        self,
+        assignment: Assignment,
+        records: Sequence[Record],
+        targets: TeacherTargets | None,
+        *,
+        whole: Whole | None = None,
     ) -> TeacherLoss:
         """l_t's two parts on unlabelled rows.
+
+        Args:
+            whole: of the optimizer step that these rows are a part of; the parts' losses then add up to the step's. None means
+                that they are all of it.
 
         Raises:
             TowerLoadError: when the targets are in another tokenizer's ids.
@@ -129,45 +191,60 @@ class DistillationObjective(nn.Module):
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
             check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
+        passed = self._forward(records, self._completions(teacher, records, targets))
+        tokens = 1.0 if whole is None else passed.batch.num_loss_tokens / whole.tokens
+        rows = 1.0 if whole is None else len(records) / whole.rows
         if teacher.label_texts is not None:
             assert targets is not None
             assert targets.label_logprobs_BC is not None
-            chosen = targets.label_logprobs_BC.argmax(axis=1)
-            completions = [teacher.label_texts[index] for index in chosen]
-        else:
-            completions = [_completion(record) for record in records]
-        passed = self._forward(records, completions)
-        if teacher.label_texts is not None:
-            assert targets is not None
-            assert targets.label_logprobs_BC is not None
-            divergence = self._classifier_divergence(teacher, passed, targets) + self._tower_divergence(
-                teacher, passed, targets
-            )
+            divergence = tokens * self._classifier_divergence(teacher, passed, targets)
+            divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
             kd = kd_loss(divergence, temperature=self._temperature)
         elif teacher.shares_tokenizer:
             assert targets is not None
-            kd = kd_loss(self._token_divergence(passed, targets), temperature=self._temperature)
+            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
         else:
-            kd = self._response_weight * passed.cross_entropy()
-        return TeacherLoss(kd, self._anchor(teacher, passed, targets, kd))
+            kd = tokens * self._response_weight * passed.cross_entropy()
+        # The states of a language model in the student's tokens count by token; means over answers and towers' features by row.
+        by_token = teacher.role == "causal_lm" and teacher.shares_tokenizer
+        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd))
 
-    def gold_loss(self, labelled: Mapping[str, Sequence[Record]]) -> Tensor:
+    def gold_loss(
+        self, labelled: Mapping[str, Sequence[Record]], *, num_tokens: Mapping[str, int] | None = None
+    ) -> Tensor:
         """Cross-entropy on the gold completions of labelled rows, nats per token, mean over capabilities. One forward pass.
 
         Args:
             labelled: capability -> rows, at least one.
+            num_tokens: scored tokens of each capability in the optimizer step that these rows are a part of; None counts these.
         """
         records = [record for rows in labelled.values() for record in rows]
         passed = self._forward(records, [_completion(record) for record in records])
         parts = passed.row_cross_entropy().split([len(rows) for rows in labelled.values()], dim=1)
+        if num_tokens is not None:
+            shares = [nats_B.sum() / num_tokens[name] for name, (nats_B, _) in zip(labelled, parts, strict=True)]
+            return torch.stack(shares).sum() / len(num_tokens)
         return torch.stack([nats_B.sum() / tokens_B.sum() for nats_B, tokens_B in parts]).mean()
+
+    def _completions(
+        self, teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets | None
+    ) -> list[str]:
+        """What the student is to say: the label that a classifier chose, or the answer in the row."""
+        if teacher.label_texts is None:
+            return [_completion(record) for record in records]
+        assert targets is not None
+        assert targets.label_logprobs_BC is not None
+        return [teacher.label_texts[index] for index in targets.label_logprobs_BC.argmax(axis=1)]
+
+    def _collate(self, records: Sequence[Record], completions: Sequence[str]) -> TokenBatch:
+        return collate(
+            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
+        )
 
     def _forward(self, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
         """One pass over rows of any capabilities, each with the towers of its own."""
         facts = [self.capabilities[record.capability] for record in records]
-        batch = collate(
-            records, self.tokenizer, max_length=self._max_length, padding_side="right", completions=completions
-        )
+        batch = self._collate(records, completions)
         output = self.student(
             batch.input_ids_BT,
             batch.attention_mask_BT,
@@ -190,15 +267,69 @@ class DistillationObjective(nn.Module):
                 f"Expected {targets.teacher} to score the student's {len(ids_N)} completion tokens, found "
                 f"{len(tokens.token_ids_N)} others: the tokenizers differ. Set student.tokenizer to a teacher that shares it."
             )
+        if isinstance(tokens, HiddenTargets):
+            return self._hidden_divergence(targets.teacher, passed, tokens)
+        mask_1N = torch.ones(1, len(ids_N), dtype=torch.bool)
+        # A model's head may be padded beyond the ids that another of the same tokenizer knows.
+        logits_1NV = passed.scored_logits_NV[None]
+        if isinstance(tokens, FullTargets):
+            teacher_1NV = torch.from_numpy(tokens.logprobs_NV)[None]
+            shared = min(logits_1NV.shape[-1], teacher_1NV.shape[-1])
+            return distill_divergence(
+                logits_1NV[..., :shared],
+                # Log-probabilities are logits of themselves; they were tempered by the teacher.
+                teacher_1NV[..., :shared] * self._temperature,
+                mask_1N,
+                num_loss_tokens=len(ids_N),
+                temperature=self._temperature,
+            )
+        if isinstance(tokens, SampledTargets):
+            return sampled_kl(
+                logits_1NV,
+                torch.from_numpy(tokens.ids_NS).long()[None],
+                torch.from_numpy(tokens.logprobs_NS)[None],
+                mask_1N,
+                num_loss_tokens=len(ids_N),
+                temperature=self._temperature,
+            )
         return distill_divergence_topk(
-            passed.scored_logits_NV[None],
+            logits_1NV,
             torch.from_numpy(tokens.ids_NK).long()[None],
             torch.from_numpy(tokens.logprobs_NK)[None],
-            torch.ones(1, len(ids_N), dtype=torch.bool),
+            mask_1N,
             num_loss_tokens=len(ids_N),
             temperature=self._temperature,
             tail_logprob_BT=torch.from_numpy(tokens.tail_logprob_N)[None],
         )
+
+    def _hidden_divergence(self, teacher: str, passed: _Passed, tokens: HiddenTargets) -> Tensor:
+        """The exact mix from both models' last states; logits exist one tile of the vocabulary at a time."""
+        head = self._teacher_head(teacher)
+        weight_VD = self.student.core.lm_head.weight
+        shared = min(len(weight_VD), len(head.weight_VD))
+        return hidden_divergence(
+            passed.scored(passed.states[-1])[None],
+            OutputHead(weight_VD[:shared]),
+            torch.from_numpy(tokens.states_NH)[None],
+            OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap),
+            torch.ones(1, len(tokens.token_ids_N), dtype=torch.bool),
+            terms=DISTILL_MIX,
+            num_loss_tokens=len(tokens.token_ids_N),
+            temperature=self._temperature,
+        )
+
+    def _teacher_head(self, teacher: str) -> OutputHead:
+        """A teacher's head, held from its first use: it never changes."""
+        if teacher not in self._heads:
+            assert self._head_of is not None, "hidden states come from a source that also gives the head"
+            sent = self._head_of(teacher)
+            # Arrays from the object store are read-only, which PyTorch warns of.
+            weight_VH = torch.from_numpy(sent.weight_VH.copy())
+            if sent.weight_VH.dtype == np.uint16:
+                weight_VH = weight_VH.view(torch.bfloat16)
+            bias_V = None if sent.bias_V is None else torch.from_numpy(sent.bias_V.copy())
+            self._heads[teacher] = OutputHead(weight_VH, bias_V, sent.softcap)
+        return self._heads[teacher]
 
     def _classifier_divergence(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
         assert targets.label_logprobs_BC is not None

@@ -185,6 +185,7 @@ class RecoveryStep:
         config: bounds of the rules.
         extra: further parts that a step changes, such as `GradientSurgeryLoss` or a standardiser; small, since they are also
             copied before every forward pass.
+        stepped: further parts that change only where the optimizer steps, such as an average of the weights; of any size.
         quarantine: where suspects are kept; a new one in memory unless given.
     """
 
@@ -197,6 +198,7 @@ class RecoveryStep:
         data: Stateful | None = None,
         config: RecoveryConfig,
         extra: Mapping[str, Stateful] | None = None,
+        stepped: Mapping[str, Stateful] | None = None,
         quarantine: SampleQuarantine | None = None,
     ) -> None:
         self.config = config
@@ -206,6 +208,7 @@ class RecoveryStep:
         self._optimizer = optimizer
         self._extra = dict(extra or {})
         self._parts: dict[str, Stateful] = {f"extra.{name}": part for name, part in self._extra.items()}
+        self._parts |= {f"stepped.{name}": part for name, part in (stepped or {}).items()}
         if scheduler is not None:
             self._parts["scheduler"] = scheduler
         if data is not None:

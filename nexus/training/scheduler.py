@@ -1,13 +1,13 @@
-"""Schedules over optimizer steps: the learning rate, and the decaying weight of the feature anchors."""
+"""Schedules over optimizer steps: the learning rate, the decaying weight of the feature anchors, and teachers that come in later."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 import torch
 
-ScheduleKind = Literal["cosine", "constant"]
+ScheduleKind = Literal["cosine", "wsd", "constant"]
 
 
 class ScheduleState(TypedDict):
@@ -17,7 +17,11 @@ class ScheduleState(TypedDict):
 
 
 class LearningRateSchedule:
-    """Linear warm-up, then a half cosine down to a share of the peak ("cosine") or the peak itself ("constant").
+    """Linear warm-up, then one of three ways to the end.
+
+    "cosine": a half cosine down to a share of the peak. "constant": the peak itself. "wsd" (warm-up, stable, decay): the peak, and in
+    the last steps a fall to the share along 1 - sqrt, the best of the shapes that were compared (Haegele et al. 2024, arXiv
+    2405.18392, section 3); a run can be made longer from any point before the fall.
 
     The peak of each parameter group is the learning rate that the group has when the schedule is made. Step s (0-based) of
     `warmup_steps` uses (s + 1) / warmup_steps of the peak, so that no step is wasted at 0; the last of `total_steps` uses
@@ -27,8 +31,9 @@ class LearningRateSchedule:
         optimizer: its groups' learning rates are set at once, to those of step 0, and after each `step`.
         total_steps: optimizer steps of the run, at least 1.
         warmup_steps: at least 0 and below `total_steps`.
-        final_fraction: of the peak, from 0 to 1; only for "cosine".
-        kind: "cosine" or "constant".
+        final_fraction: of the peak, from 0 to 1; not for "constant".
+        decay_share: of all steps, above 0 and up to 1: the fall of "wsd", which is the only one to use it.
+        kind: "cosine", "wsd" or "constant".
 
     Raises:
         ValueError: a setting out of range.
@@ -41,10 +46,11 @@ class LearningRateSchedule:
         total_steps: int,
         warmup_steps: int = 0,
         final_fraction: float = 0.1,
+        decay_share: float = 0.2,
         kind: ScheduleKind = "cosine",
     ) -> None:
-        if kind not in ("cosine", "constant"):
-            raise ValueError(f"kind: expected 'cosine' or 'constant', found {kind!r}")
+        if kind not in get_args(ScheduleKind):
+            raise ValueError(f"kind: expected one of {', '.join(get_args(ScheduleKind))}, found {kind!r}")
         if total_steps < 1 or not 0 <= warmup_steps < total_steps:
             raise ValueError(
                 f"schedule: expected total_steps >= 1 and 0 <= warmup_steps < total_steps, "
@@ -52,10 +58,13 @@ class LearningRateSchedule:
             )
         if not 0.0 <= final_fraction <= 1.0:
             raise ValueError(f"final_fraction: expected a share of the peak from 0 to 1, found {final_fraction}")
+        if not 0.0 < decay_share <= 1.0:
+            raise ValueError(f"decay_share: expected a share of the steps above 0 and up to 1, found {decay_share}")
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.final_fraction = final_fraction
         self.kind: ScheduleKind = kind
+        self._decay_steps = min(max(1, round(decay_share * total_steps)), total_steps - warmup_steps)
         self._optimizer = optimizer
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self._step = 0
@@ -68,6 +77,8 @@ class LearningRateSchedule:
             return "warmup"
         if self._step >= self.total_steps:
             return "done"
+        if self.kind == "wsd":
+            return "constant" if self._step < self.total_steps - self._decay_steps else "decay"
         return "decay" if self.kind == "cosine" else "constant"
 
     def fraction(self, step: int) -> float:
@@ -76,6 +87,9 @@ class LearningRateSchedule:
             return (step + 1) / self.warmup_steps
         if self.kind == "constant":
             return 1.0
+        if self.kind == "wsd":
+            fallen = min(1.0, max(0.0, (step + 1 - (self.total_steps - self._decay_steps)) / self._decay_steps))
+            return 1.0 - (1.0 - self.final_fraction) * math.sqrt(fallen)
         # The first step after the warm-up is the peak; with a warm-up its last step already was.
         first = max(self.warmup_steps - 1, 0)
         return cosine_decay(1.0, self.final_fraction, step - first, self.total_steps - 1 - first)
@@ -113,3 +127,10 @@ def cosine_decay(start: float, end: float, step: int, total: int) -> float:
     if step <= 0:
         return start
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def ramp_share(step: int, start: int, steps: int) -> float:
+    """Share of its importance that a teacher has at `step`: 0 before `start`, then rising linearly to 1 over `steps` steps."""
+    if step < start:
+        return 0.0
+    return min(1.0, (step - start + 1) / max(1, steps))

@@ -18,10 +18,11 @@ from nexus.data.targets import TargetWriter, check_targets
 from nexus.errors import ArtifactError
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
-from nexus.towers.registry import shipped_config
+from nexus.student.shipped import student_preset
+from nexus.training.average import averaged
 from nexus.training.batches import Assignment, RecordStream, StepBatches
 from nexus.training.checkpoint import load_checkpoint
-from nexus.training.facts import CapabilityFacts, TeacherFacts
+from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
 from nexus.training.loss import GradientSurgeryLoss
 from nexus.training.objective import DistillationObjective, align_with_teachers
@@ -35,7 +36,7 @@ def build_student_spec(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts], *, taught: bool
 ) -> StudentSpec:
     """The preset with the tokenizer's vocabulary and the router's keywords; when taught, with an alignment per critical layer."""
-    spec = _preset(config)
+    spec = load_student_spec(student_preset(config))
     # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
     sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
     spec = spec.with_vocabulary(
@@ -53,15 +54,6 @@ def build_student_spec(
         for teacher in config.teachers
     }
     return align_with_teachers(spec, teachers, towers)
-
-
-def student_positions(config: RunConfig) -> int:
-    """Tokens that the student has positions for: prompt and answer together."""
-    return int(_preset(config).core.max_position_embeddings)
-
-
-def _preset(config: RunConfig) -> StudentSpec:
-    return load_student_spec(shipped_config(f"student/{config.student.preset}.yaml"))
 
 
 def build_loop(
@@ -99,6 +91,8 @@ def build_loop(
         top_k=distill.top_k,
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
+        transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
+        head_of=None if source is None else lambda teacher: source.head(teacher),
     )
     importance = {teacher.id: teacher.importance for teacher in teachers}
     surgery = (
@@ -126,9 +120,14 @@ def build_loop(
             steps=distill.steps,
             optimizer=distill.optimizer,
             learning_rate=distill.learning_rate,
+            schedule=distill.schedule,
             warmup_steps=distill.warmup_steps,
+            final_rate=distill.final_rate,
+            decay_share=distill.decay_share,
             weight_decay=distill.weight_decay,
             grad_clip=distill.grad_clip,
+            accumulate=distill.accumulate,
+            ema_decay=distill.ema_decay,
             gold_weight=distill.gold_weight,
             anchor_start=distill.anchor_start,
             anchor_end=distill.anchor_end,
@@ -137,9 +136,24 @@ def build_loop(
             checkpoint_every=distill.checkpoint_every,
             surgery_method=distill.surgery.method,
             surgery_every=distill.surgery.every,
+            surgery_subset=distill.surgery.subset,
+            ramps={
+                teacher.id: (teacher.start_step, teacher.ramp_steps)
+                for teacher in config.teachers
+                if teacher.start_step or teacher.ramp_steps
+            },
             seed=config.seed,
         ),
         spike=None if inject_spike is None else parse_spike(inject_spike),
+    )
+
+
+def _transport(config: RunConfig, teacher: str) -> TokenTransport:
+    distill, kind = config.distill, config.transport_of(teacher)
+    return TokenTransport(
+        kind,
+        draws=distill.draws if kind == "sampled" else None,
+        max_error=distill.transport_error if kind == "auto" else None,
     )
 
 
@@ -214,6 +228,8 @@ def load_trained_student(
 ) -> tuple[NexusStudent, PreTrainedTokenizerBase]:
     """Student and tokenizer of the newest checkpoint of `name`; `teachers` and `taught` as in `build_loop`.
 
+    The weights are the averaged ones where the run keeps an average.
+
     Raises:
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
     """
@@ -221,7 +237,9 @@ def load_trained_student(
     found = load_checkpoint(folder, fingerprint=config.fingerprint())
     if found is None:
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
-    _, weights, _ = found
+    _, weights, state = found
+    if state["average"] is not None:
+        weights = averaged(weights, state["average"])
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
     prefix = "student."

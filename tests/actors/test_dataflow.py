@@ -14,12 +14,10 @@ from nexus.errors import DataError
 
 @pytest.fixture(scope="module")
 def teacher(ray_cluster, reasoning_spec):
-    # Held until the module ends: an actor ends with the last handle of its creator.
     pool, _ = TeacherPool.start(
         [reasoning_spec], torch_threads=1, num_gpus=0, window=2, timeout_s=120, max_retries=2, load_timeout_s=120
     )
-    yield reasoning_spec.id
-    del pool
+    return pool
 
 
 def _work(path, **changes) -> TeacherWork:
@@ -36,13 +34,13 @@ def _work(path, **changes) -> TeacherWork:
     return TeacherWork(**{**values, **changes})
 
 
-def _stream(works, tmp_path, bad_share=0.5):
+def _stream(works, pool, tmp_path, bad_share=0.5):
     return stream_answers(
         works,
+        pool=pool,
         quarantine_dir=tmp_path / "quarantine",
         max_bad_share=bad_share,
         timeout_s=60,
-        max_retries=1,
         name="test",
     )
 
@@ -52,7 +50,7 @@ def test_rows_of_all_files_arrive_once_in_order_and_bad_ones_are_quarantined(
 ):
     works = [_work(rows_file), _work(rows_parquet, skip_rows=3, max_rows=7, batch_size=2)]
     seen: dict[int, list[str]] = {0: [], 1: []}
-    for answer in _stream(works, tmp_path):
+    for answer in _stream(works, teacher, tmp_path):
         assert len(answer.result) == len(answer.records)
         seen[answer.work] += [record.id for record in answer.records]
     assert seen[0] == [f"r{n}" for n in range(12)]
@@ -67,7 +65,7 @@ def test_a_row_that_the_teacher_cannot_take_is_quarantined_and_the_others_are_an
         "".join(json.dumps({"id": f"r{n}", "question": "six " * (400 if n == 2 else 1)}) + "\n" for n in range(4))
     )
     for skip_rows in (0, 2):  # continued behind two answers, it neither repeats one nor leaves one out
-        answers = list(_stream([_work(path, skip_rows=skip_rows)], tmp_path))
+        answers = list(_stream([_work(path, skip_rows=skip_rows)], teacher, tmp_path))
         assert [record.id for answer in answers for record in answer.records] == ["r0", "r1", "r3"][skip_rows:]
         assert all(len(answer.result) == len(answer.records) for answer in answers)
     lines = [json.loads(line) for line in (tmp_path / "quarantine" / "long.jsonl.jsonl").read_text().splitlines()]
@@ -79,20 +77,20 @@ def test_too_many_rows_that_the_teacher_cannot_take_stop_the_stream(teacher, tmp
     path = tmp_path / "longer.jsonl"
     path.write_text("".join(json.dumps({"question": "six " * (400 if n else 1)}) + "\n" for n in range(3)))
     with pytest.raises(DataError, match=r"at most 10\.00% bad rows in .*, found 2 of 3 \(row 2: .*tokens of the"):
-        list(_stream([_work(path)], tmp_path, bad_share=0.1))
+        list(_stream([_work(path)], teacher, tmp_path, bad_share=0.1))
 
 
 def test_an_unreadable_file_is_its_own_clear_error(teacher, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
-        list(_stream([_work(tmp_path / "empty.jsonl")], tmp_path))
+        list(_stream([_work(tmp_path / "empty.jsonl")], teacher, tmp_path))
 
 
 def test_too_many_bad_rows_stop_the_stream(teacher, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question": "a?"}\n' + "{broken\n" * 9)
     with pytest.raises(DataError, match="bad"):
-        list(_stream([_work(path)], tmp_path, bad_share=0.1))
+        list(_stream([_work(path)], teacher, tmp_path, bad_share=0.1))
 
 
 def test_the_wait_for_a_batch_that_never_comes_ends_when_the_check_raises():

@@ -22,7 +22,6 @@ from nexus.towers.causal_lm import (
     completion_logits,
     end_token_ids,
     generate_greedily,
-    pack_topk,
     profile_inputs,
     score_completions,
     tokenise_prompts,
@@ -31,6 +30,7 @@ from nexus.towers.causal_lm import (
 from nexus.towers.loader import LoadedTower
 from nexus.towers.rows import RowsError
 from nexus.towers.targets import ScoreRequest
+from nexus.towers.transports import pack_topk
 
 PROMPTS = ("2+2?", "a much longer question than the others", "x", "Tom has 3 apples")
 COMPLETIONS = ("4", "ok", "a completion that is longer than its own prompt", "")

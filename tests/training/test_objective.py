@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest_training import (
     CAPABILITIES,
+    WIDTH,
     facts,
     image_rows,
     label_targets,
@@ -21,8 +22,10 @@ from nexus.data.collate import collate
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.memory import NexusStudent
 from nexus.towers.health import FingerprintChangedError, RowCountError
+from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead
 from nexus.training.batches import Assignment
-from nexus.training.facts import TeacherFactsFile
+from nexus.training.divergence import forward_kl
+from nexus.training.facts import TeacherFactsFile, TokenTransport
 from nexus.training.objective import DistillationObjective, align_with_teachers, label_token_ids
 
 TOWERS = {"same": ("reasoning",), "other": (), "labels": ("vision",), "same2": ()}
@@ -101,6 +104,104 @@ def test_token_distillation_equals_the_dense_reference_at_full_vocabulary(spec, 
     reference = 4.0 * (0.5 * kl(p, a * p + (1 - a) * q) + 0.5 * kl(q, (1 - a) * p + a * q))
     assert float(loss.kd.detach()) == pytest.approx(reference, rel=1e-4)
     assert float(loss.anchor) == 0.0
+
+
+def _transported(targets, logits_NV, kind, temperature=2.0):
+    """The same teacher's targets in another transport."""
+    scored = (targets.tokens.offsets_B1, targets.tokens.token_ids_N)
+    logprobs = (logits_NV / temperature).log_softmax(-1)
+    if kind == "full":
+        return replace(targets, tokens=FullTargets(*scored, logprobs.numpy()))
+    ids = torch.multinomial(logprobs.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    drawn = logprobs.gather(-1, ids).numpy()
+    return replace(targets, tokens=SampledTargets(*scored, ids.int().numpy(), drawn))
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_every_transport_teaches_the_same_distribution(spec, tokenizer, extra):
+    """Full, hidden and all ids give one loss and one gradient; draws give the forward KL. The teacher's head may be padded."""
+    teacher = facts("same", critical_layers=())
+    size = len(tokenizer) + extra
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(size, WIDTH, generator=generator)
+    # An id that only the padding knows has no probability.
+    bias = torch.zeros(size).index_fill(0, torch.arange(len(tokenizer), size), -30.0)
+    rows = text_rows()
+    whole = token_targets(teacher, rows, tokenizer, top_k=len(tokenizer))
+    states = torch.randn(len(whole.tokens.token_ids_N), WIDTH, generator=generator)
+    logits = states @ head.T + bias
+    kept = (logits[:, : len(tokenizer)] / 2.0).log_softmax(-1).topk(len(tokenizer))
+    whole = replace(
+        whole,
+        tokens=replace(
+            whole.tokens,
+            ids_NK=kept.indices.int().numpy(),
+            logprobs_NK=kept.values.numpy(),
+            tail_logprob_N=np.full(len(logits), -np.inf, np.float32),
+        ),
+    )
+    scored = (whole.tokens.offsets_B1, whole.tokens.token_ids_N)
+    asked = []
+
+    def head_of(name: str) -> TeacherHead:
+        asked.append(name)
+        return TeacherHead(head.numpy(), bias.numpy(), None)
+
+    objective = _objective(spec, tokenizer, [teacher], towers={"same": ()}, head_of=head_of)
+    assignment = Assignment("same", "prose")
+    found = {}
+    for name, targets in {
+        "topk": whole,
+        "full": _transported(whole, logits, "full"),
+        "hidden": replace(whole, tokens=HiddenTargets(*scored, states.numpy())),
+        "sampled": _transported(whole, logits[:, : len(tokenizer)], "sampled"),
+    }.items():
+        objective.zero_grad(set_to_none=True)
+        loss = objective.teacher_loss(assignment, rows, targets).kd
+        loss.backward()
+        found[name] = (loss.detach(), objective.student.core.lm_head.weight.grad.clone())
+    for name in ("full", "hidden"):
+        torch.testing.assert_close(found[name][0], found["topk"][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name][1], found["topk"][1], rtol=1e-3, atol=1e-5)
+    objective.teacher_loss(assignment, rows, replace(whole, tokens=HiddenTargets(*scored, states.numpy())))
+    assert asked == ["same"]
+    with torch.no_grad():
+        student = objective._forward(rows, [row.completion for row in rows]).scored_logits_NV
+    count = len(student)
+    reference = 4 * forward_kl(
+        student[None],
+        logits[None, :, : len(tokenizer)],
+        torch.ones(1, count),
+        num_loss_tokens=count,
+        temperature=2.0,
+    )
+    # 20,000 draws of numbers of size 1 to 10.
+    assert float(found["sampled"][0]) == pytest.approx(float(reference), rel=0.05)
+
+
+def test_a_bfloat16_head_is_used_as_the_teacher_does(spec, tokenizer):
+    teacher = facts("same", critical_layers=())
+    rows = text_rows()
+    whole = token_targets(teacher, rows, tokenizer)
+    head = torch.randn(len(tokenizer), WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    states = np.ones((len(whole.tokens.token_ids_N), WIDTH), np.float32)
+    hidden = replace(whole, tokens=HiddenTargets(whole.tokens.offsets_B1, whole.tokens.token_ids_N, states))
+    losses = []
+    for sent in (head.float().numpy(), head.view(torch.int16).numpy().view(np.uint16)):
+        objective = _objective(
+            spec, tokenizer, [teacher], head_of=lambda _name, sent=sent: TeacherHead(sent, None, 5.0)
+        )
+        losses.append(float(objective.teacher_loss(Assignment("same", "math"), rows, hidden).kd.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_requests_name_the_transport_of_teachers_that_share_the_tokenizer(spec, tokenizer):
+    transports = {"same": TokenTransport("sampled", draws=5), "other": TokenTransport("auto", max_error=0.1)}
+    objective = _objective(spec, tokenizer, [facts("same"), facts("other")], transports=transports)
+    request = objective.request(Assignment("same", "math"), text_rows())
+    assert (request.transport, request.draws, request.max_error) == ("sampled", 5, None)
+    other = objective.request(Assignment("other", "prose"), text_rows(capability="prose"))
+    assert (other.transport, other.draws, other.max_error) == ("topk", None, None)
 
 
 def test_another_tokenizer_is_taught_by_the_text_of_its_answers(spec, tokenizer):

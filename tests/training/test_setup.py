@@ -16,13 +16,14 @@ from nexus.data.loader import iter_records
 from nexus.data.quarantine import read_quarantine
 from nexus.data.targets import TargetWriter
 from nexus.errors import ArtifactError, ConfigError
+from nexus.student.shipped import student_positions
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import load_tower
 from nexus.towers.registry import TeacherSpec, shipped_config
 from nexus.training.batches import Assignment
 from nexus.training.checkpoint import save_checkpoint
 from nexus.training.facts import TeacherFacts
-from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer, student_positions
+from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer
 
 ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
 OVERRIDES = (

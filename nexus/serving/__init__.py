@@ -1,0 +1,1 @@
+"""Where teachers live and how requests reach them: pure policies, no actor, no tensor."""
