@@ -70,10 +70,10 @@ class BlockCall:
         if self.extras is not None:
             self.extras = _select_rows("", self.extras, rows)
 
-    @property
-    def hands_on(self) -> bool:
-        """Whether the block returned tensors beside its hidden states."""
-        return any(isinstance(extra, Tensor) for extra in self.extras or ())
+    def is_given(self, extras: Sequence[Any]) -> bool:
+        """Return whether a tensor among what an earlier block returned beside its hidden states came with the call."""
+        given = [id(value) for value in (*self._args, *self._kwargs.values())]
+        return any(isinstance(extra, Tensor) and id(extra) in given for extra in extras)
 
 
 BlockHandler = Callable[[BlockCall], Tensor]
@@ -248,9 +248,9 @@ def _stack(model: PreTrainedModel, path: str, blocks: Sequence[nn.Module]) -> Bl
 
 
 def _longest_list(base: nn.Module) -> list[nn.Module] | None:
-    candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
+    candidates = [list(m) for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
     # max keeps the first of equals: the outermost list.
-    return list(max(candidates, key=len)) if candidates else None
+    return max(candidates, key=len) if candidates else None
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:

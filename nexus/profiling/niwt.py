@@ -38,7 +38,7 @@ from nexus.profiling.consolidation import (
     write_tensors,
 )
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
-from nexus.profiling.inputs import ModelInputs, counts_from_the_left, encoding_part, left_aligned, model_inputs
+from nexus.profiling.inputs import ModelInputs, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
 from nexus.profiling.layers import find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
@@ -435,8 +435,8 @@ class NIWTProfiler:
         def run(rows: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT, chosen_BT = _without_padding(part[:3])
             own = dict(zip(beside, part[3:], strict=True))
-            if counts_from_the_left(self.model):
-                ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
+            # Causal models never see what follows, but not all of them can be told to leave out what came before.
+            ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
             inputs = self._model_inputs(ids_BT, mask_BT, own)
             # Of what the blocks see: an encoder's own mask where it has one.
