@@ -238,6 +238,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
+    from nexus.training.objective import check_answered
     from nexus.training.setup import save_tokenizer
 
     config = session.config
@@ -248,6 +249,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         for teacher in config.teachers
     }
     facts = _teacher_facts(session, profiles)
+    check_answered(
+        facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
+    )
     write_artifact(session.run.path / FACTS_FILE, TeacherFactsFile.from_facts(facts))
     save_tokenizer(session.checkpoint_of(config.student.tokenizer), session.run.path)
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]

@@ -48,6 +48,8 @@ class LoadReport:
     vocabulary_size: int | None
     """Rows of a language model's output layer; None for an encoder."""
     label_texts: tuple[str, ...] | None
+    from_cache: bool
+    """Its weights had been quantised by an earlier load."""
     seconds: float
 
 
@@ -191,6 +193,7 @@ class TeacherActor:
                 hidden_size=engine.hidden_size,
                 vocabulary_size=_vocabulary_size(tower.model) if engine.role == "causal_lm" else None,
                 label_texts=engine.label_texts,
+                from_cache=tower.from_cache,
                 seconds=time.perf_counter() - start,
             )
             self._metrics = TeacherMetrics(self._spec.id)

@@ -278,6 +278,7 @@ class TrainerActor:
             "total": report.total,
             "grad_norm": report.grad_norm,
             "lr": report.learning_rate,
+            "tokens": dict(report.tokens),
             "wait_s": round(report.wait_s, 4),
         }
         if report.excluded:

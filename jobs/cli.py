@@ -414,7 +414,10 @@ def plan(
     models_dir: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where each teacher would live and what that costs; starts nothing."""
+    """Say where each teacher would live, at what cost.
+
+    Starts nothing: sizes come from the headers of checkpoints on this machine, else from the registry.
+    """
     from jobs.execute import load_run_config
     from jobs.plan import plan_document, plan_run, render_plan
 
@@ -519,6 +522,14 @@ def teachers_check(
         str | None, typer.Option("--teachers", metavar="ID,ID", help="Only these. Default: all.", show_default=False)
     ] = None,
     models_dir: ModelsOption = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --tiny: leave the tiny checkpoints in DIR, for a run with --models-dir DIR.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
     ] = False,
@@ -531,8 +542,10 @@ def teachers_check(
 
     if tiny and models_dir is not None:
         raise UserError("Expected --models-dir without --tiny, which reads no checkpoints, found both. Leave one out.")
+    if keep is not None and not tiny:
+        raise UserError("Expected --keep beside --tiny, which builds the checkpoints, found it alone. Add --tiny.")
     rows = []
-    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir):
+    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir, keep=keep):
         rows.append(row)
         if not as_json:
             typer.echo(render_check(row))

@@ -25,6 +25,7 @@ SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
 Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
+Divergence = Literal["mix", "forward_kl"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -211,9 +212,11 @@ class SurgerySection(ConfigSection):
 
     @model_validator(mode="after")
     def _settings_need_a_method(self) -> SurgerySection:
-        for name in ("every", "subset"):
-            if self.method == "none" and name in self.model_fields_set:
-                raise ValueError(f"{name} has no effect while method is none; remove it or choose upgrad or pcgrad")
+        if self.method == "none":
+            chosen = ["every"] if "every" in self.model_fields_set else []
+            chosen += ["subset"] if self.subset != "adapters_and_trunk" else []
+            if chosen:
+                raise ValueError(f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad")
         return self
 
 
@@ -235,6 +238,8 @@ class DistillConfig(ConfigSection):
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
     """Softmax temperature of the distillation loss, for teachers and student alike."""
+    divergence: Divergence = "mix"
+    """Of token distributions: `mix` is half a skewed KL(teacher || student) and half a skewed KL(student || teacher), bounded."""
     transport: Transport = "topk"
     """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
     mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
@@ -318,6 +323,21 @@ class ClusterConfig(ConfigSection):
     """Threads of each actor's tensor operations."""
 
 
+class CacheConfig(ConfigSection):
+    """Quantised weights of teachers, kept on each node for the next load."""
+
+    dir: str | None = "~/.cache/nexus/nf4"
+    """Folder; `~` is the home of whoever loads the teacher. null keeps nothing."""
+    min_parameters: int = Field(50_000_000, ge=0)
+    """Smaller teachers are quantised anew at every load, which takes them a few seconds."""
+
+    @model_validator(mode="after")
+    def _limit_needs_a_folder(self) -> CacheConfig:
+        if self.dir is None and "min_parameters" in self.model_fields_set:
+            raise ValueError("min_parameters has no effect while dir is null; remove it or name a folder")
+        return self
+
+
 class RunConfig(ConfigSection):
     """One run, from Parquet to report."""
 
@@ -333,6 +353,7 @@ class RunConfig(ConfigSection):
     router: RouterConfig = RouterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> RunConfig:
@@ -450,9 +471,10 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     document = config.model_dump(mode="json", exclude_unset=False)
     if config.distill.surgery.method == "none":
-        # These have no effect then, and a setting without effect is refused when read back.
-        for name in ("every", "subset"):
-            document["distill"]["surgery"].pop(name)
+        # `every` has no effect then, and a setting without effect is refused when read back.
+        document["distill"]["surgery"].pop("every")
+    if config.cache.dir is None:
+        document["cache"].pop("min_parameters")
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 

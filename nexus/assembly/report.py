@@ -258,6 +258,29 @@ class _Training:
     curves: tuple[_TeacherCurve, ...]
     counts: tuple[tuple[str, str, int], ...]
     """(kind, words, how often) of the marked events that occurred."""
+    conflicts: _Conflicts | None
+    """None where no surgery was made."""
+
+
+@dataclass(frozen=True)
+class _ConflictCell:
+    cosine: float
+    """Mean over the surgeries in which both teachers took part."""
+    share: float
+    """Of those surgeries, that found it below 0."""
+    heat: float
+    """0..1, the share of the largest magnitude off the diagonal."""
+
+
+@dataclass(frozen=True)
+class _Conflicts:
+    """How the teachers' gradients stood to each other; `rows` has None on the diagonal and for teachers that never met."""
+
+    teachers: tuple[str, ...]
+    rows: tuple[tuple[_ConflictCell | None, ...], ...]
+    num_surgeries: int
+    num_with_conflict: int
+    num_stationary: int
 
 
 @dataclass(frozen=True)
@@ -419,6 +442,7 @@ def _training(data: ReportData) -> _Training | None:
     points: dict[str, list[tuple[int, float]]] = {teacher.id: [] for teacher in data.config.teachers}
     marks: list[tuple[int, str, str]] = []
     last_step, seen = 0, set()
+    surgeries: list[Mapping[str, object]] = []
     for event in data.events:
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
@@ -430,6 +454,9 @@ def _training(data: ReportData) -> _Training | None:
             for teacher, loss in (losses if isinstance(losses, Mapping) else {}).items():
                 if isinstance(loss, (int, float)):
                     points.setdefault(str(teacher), []).append((step, float(loss)))
+            found = event.get("surgery")
+            if isinstance(found, Mapping):
+                surgeries.append(found)
         elif kind in MARKED_EVENTS:
             marks.append((step, str(kind), f"step {step:,}: {MARKED_EVENTS[str(kind)]}"))
     if not seen:
@@ -439,6 +466,36 @@ def _training(data: ReportData) -> _Training | None:
         num_steps=len(seen),
         curves=tuple(_TeacherCurve(teacher, charts.curve(points[teacher], marks, last_step)) for teacher in points),
         counts=tuple(count for count in counts if count[2]),
+        conflicts=_conflicts(surgeries),
+    )
+
+
+def _conflicts(surgeries: Sequence[Mapping[str, object]]) -> _Conflicts | None:
+    """The conflict matrix of a run's surgeries, as `actors.trainer` writes them into the events of their steps."""
+    cosines: dict[tuple[str, str], list[float]] = {}
+    teachers: set[str] = set()
+    for surgery in surgeries:
+        matrix = surgery.get("cosines")
+        for one, row in (matrix if isinstance(matrix, Mapping) else {}).items():
+            teachers.add(one)
+            for other, cosine in row.items():
+                if other != one:
+                    cosines.setdefault((one, other), []).append(float(cosine))
+    if not teachers:
+        return None
+    means = {pair: sum(values) / len(values) for pair, values in cosines.items()}
+    largest = max((abs(mean) for mean in means.values()), default=0.0) or 1.0
+    cells = {
+        pair: _ConflictCell(mean, sum(c < 0.0 for c in cosines[pair]) / len(cosines[pair]), round(abs(mean) / largest, 3))
+        for pair, mean in means.items()
+    }
+    names = tuple(sorted(teachers))
+    return _Conflicts(
+        teachers=names,
+        rows=tuple(tuple(cells.get((one, other)) for other in names) for one in names),
+        num_surgeries=len(surgeries),
+        num_with_conflict=sum(bool(surgery.get("conflicts")) for surgery in surgeries),
+        num_stationary=sum(bool(surgery.get("pareto_stationary")) for surgery in surgeries),
     )
 
 

@@ -73,15 +73,21 @@ class CheckRow:
 
 
 def check_teachers(
-    registry: TeacherRegistry, teachers: Sequence[str], *, tiny: bool, models_dir: Path | None = None
+    registry: TeacherRegistry,
+    teachers: Sequence[str],
+    *,
+    tiny: bool,
+    models_dir: Path | None = None,
+    keep: Path | None = None,
 ) -> Iterator[CheckRow]:
     """Try teachers by their ids, in that order; yields a row as soon as it is known.
 
-    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read.
+    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read, unless they are kept.
 
     Args:
         teachers: ids; empty means the whole registry.
         models_dir: without `tiny`, searched before the Hugging Face cache.
+        keep: with `tiny`, where the folders are left, each named as its teacher; one that is there is not built again.
 
     Raises:
         TowerLoadError: an unknown id, before anything is tried.
@@ -96,8 +102,9 @@ def check_teachers(
         try:
             with tempfile.TemporaryDirectory(prefix="nexus-check-") as scratch:
                 if tiny:
-                    folder = Path(scratch) / entry.id
-                    write_tiny(entry.id, folder)
+                    folder = (keep or Path(scratch)) / entry.id
+                    if not folder.exists():
+                        write_tiny(entry.id, folder)
                     spec = spec_of_entry(entry, folder, base=folder / BASE if entry.base else None)
                 else:
                     spec = resolve_entry(entry, models_dir=models_dir)

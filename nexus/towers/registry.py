@@ -241,6 +241,10 @@ class TeacherSpec:
     remote_code: bool = False
     base_path: str | None = None
     """Folder of the model that an sae reads; None for all other roles."""
+    cache_dir: str | None = None
+    """Where quantised weights are kept for the next load; None keeps none."""
+    cache_min_parameters: int = 0
+    """Models with fewer parameters are not kept, because quantising them takes no time."""
 
 
 def resolve_teacher(
