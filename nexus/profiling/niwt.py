@@ -51,7 +51,7 @@ from nexus.profiling.cost import (
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
 from nexus.profiling.inputs import ModelInputs, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
-from nexus.profiling.layers import find_blocks, find_stacks, undisturbed
+from nexus.profiling.layers import Side, find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
     Intervention,
     Observer,
@@ -121,7 +121,7 @@ class NIWTProfiler:
         self.model = model
         stacks = find_stacks(model) if layers is None else (find_blocks(model, layers),)
         self.stack = stacks[0]
-        self._encoder = (
+        self._other_side = (
             NIWTProfiler(model, layers=stacks[1].path, strategy=strategy, micro_batch_size=micro_batch_size)
             if len(stacks) > 1
             else None
@@ -132,6 +132,33 @@ class NIWTProfiler:
         self._fitting_size: int | None = None
         # Unset when a model turned out not to take stacked rows.
         self._stacks = {"scoring": True, "decoding": True}
+
+    @classmethod
+    def of_both_sides(
+        cls,
+        model: PreTrainedModel,
+        *,
+        first: Side,
+        strategy: Strategy = "auto",
+        micro_batch_size: int | None = None,
+    ) -> NIWTProfiler:
+        """Return the profiler of an encoder-decoder whose profiles tell of both sides, of the side `first` in front.
+
+        Raises:
+            ProfilingError: the model has one side.
+        """
+        paths = {stack.side: stack.path for stack in find_stacks(model)}
+        if len(paths) < 2:
+            raise ProfilingError(
+                f"Expected blocks in an encoder and in a decoder of {type(model).__name__}, found one side."
+            )
+        profilers = {
+            side: cls(model, layers=path, strategy=strategy, micro_batch_size=micro_batch_size)
+            for side, path in paths.items()
+        }
+        profiler = profilers.pop(first)
+        profiler._other_side = profilers.popitem()[1]
+        return profiler
 
     def ablated_generations(
         self,
@@ -266,8 +293,8 @@ class NIWTProfiler:
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.measure(batch)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.measure(batch)
         statistics = _LayerStatistics()
         scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
@@ -286,7 +313,9 @@ class NIWTProfiler:
             probe=_probe_statistics(batch, scores),
             side=self.stack.side,
             path=self.stack.path,
-            encoder=None if self._encoder is None else self._encoder.measure(batch),
+            other_side=None
+            if self._other_side is None or isinstance(batch, EncoderProfileBatch)
+            else self._other_side.measure(batch),
         )
 
     def confirm(self, batch: ProfileBatch | EncoderProfileBatch, plan: ConfirmationPlan) -> ConfirmationMeasurement:
@@ -295,8 +324,8 @@ class NIWTProfiler:
         Raises:
             ProfilingError: as `delta_nll_per_sample`, naming samples.
         """
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.confirm(batch, plan)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.confirm(batch, plan)
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         num_layers = len(self.stack)
         # Only the probe needs to see the layers skipped once more.
@@ -336,9 +365,9 @@ class NIWTProfiler:
             reconstruction=effects(2 * num_layers, len(plan.critical_layers)),
             probe_correct_VB=probe_correct_VB,
             generated_correct_VB=None,
-            encoder=None
-            if self._encoder is None or plan.encoder is None
-            else self._encoder.confirm(batch, plan.encoder),
+            other_side=None
+            if self._other_side is None or plan.other_side is None
+            else self._other_side.confirm(batch, plan.other_side),
         )
 
     def profile(

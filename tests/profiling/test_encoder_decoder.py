@@ -171,9 +171,13 @@ def test_a_profile_tells_of_both_sides_apart(speech_model, profile_batch, tmp_pa
     path = tmp_path / "speech.safetensors"
     profile = NIWTProfiler(speech_model).profile([profile_batch], tensors_path=path)
     assert (profile.side, profile.path, profile.num_layers) == ("decoder", PATHS["decoder"], 2)
-    assert (profile.encoder.side, profile.encoder.path, profile.encoder.num_layers) == ("encoder", PATHS["encoder"], 3)
-    assert profile.encoder.baseline == profile.baseline
-    for part in (profile, profile.encoder):
+    assert (profile.other_side.side, profile.other_side.path, profile.other_side.num_layers) == (
+        "encoder",
+        PATHS["encoder"],
+        3,
+    )
+    assert profile.other_side.baseline == profile.baseline
+    for part in (profile, profile.other_side):
         profiler = NIWTProfiler(speech_model, layers=part.path)
         expected = profiler.delta_nll(*arguments(profile_batch), inputs=profile_batch.inputs)
         found = torch.tensor([layer.delta_nll for layer in part.layers])
@@ -182,18 +186,21 @@ def test_a_profile_tells_of_both_sides_apart(speech_model, profile_batch, tmp_pa
         assert all(layer.kl_nats > 0 and layer.noise_ablation.kl_nats > 0 for layer in part.layers)
         alone = profiler.profile([profile_batch])
         assert [layer.ci95 for layer in alone.layers] == [layer.ci95 for layer in part.layers]
-        assert alone.encoder is None
+        assert alone.other_side is None
     assert type(profile).model_validate_json(profile.model_dump_json()) == profile
 
 
 def test_statistics_are_those_of_what_each_side_sees(speech_model, profile_batch):
     measurement = NIWTProfiler(speech_model).measure(profile_batch)
     assert measurement.moments_L[0].count == int(profile_batch.attention_mask_BT.sum())
-    assert measurement.encoder.moments_L[0].count == 4 * 20
+    assert measurement.other_side.moments_L[0].count == 4 * 20
     with torch.no_grad():
         states = speech_model.model.encoder(**profile_batch.inputs, output_hidden_states=True).hidden_states
     np.testing.assert_allclose(
-        measurement.encoder.moments_L[0].mean_D, states[1].flatten(0, 1).double().mean(0).numpy(), rtol=1e-4, atol=1e-5
+        measurement.other_side.moments_L[0].mean_D,
+        states[1].flatten(0, 1).double().mean(0).numpy(),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -202,11 +209,11 @@ def test_batches_merge_on_both_sides(speech_model, profile_batch):
     whole = profiler.measure(profile_batch)
     parts = [profiler.measure(rows_of(profile_batch, rows)) for rows in (slice(2, 4), slice(0, 2))]
     merged = merge_measurements(parts)
-    for found, expected in ((merged, whole), (merged.encoder, whole.encoder)):
+    for found, expected in ((merged, whole), (merged.other_side, whole.other_side)):
         np.testing.assert_allclose(found.delta_LB, expected.delta_LB, rtol=0, atol=2e-5)
         assert (found.sample_ids, found.path) == (expected.sample_ids, expected.path)
     with pytest.raises(ProfilingError, match="one model by one metric"):
-        merge_measurements([parts[0], parts[1].encoder])
+        merge_measurements([parts[0], parts[1].other_side])
 
 
 def significant(measurement, num_samples: int = 20):
@@ -220,7 +227,7 @@ def significant(measurement, num_samples: int = 20):
         delta_LB=delta_LB,
         kl_LB=delta_LB,
         correct_VB=None,
-        encoder=None if measurement.encoder is None else significant(measurement.encoder, num_samples),
+        other_side=None if measurement.other_side is None else significant(measurement.other_side, num_samples),
     )
 
 
@@ -228,10 +235,10 @@ def test_both_sides_have_critical_layers_tensors_and_capabilities(speech_model, 
     measurement = significant(NIWTProfiler(speech_model).measure(profile_batch))
     plan = plan_confirmation(measurement, seed=0)
     assert plan.critical_layers == (1, 0)
-    assert plan.encoder.critical_layers == (2, 1, 0)
+    assert plan.other_side.critical_layers == (2, 1, 0)
     write_tensors(tmp_path / "t.safetensors", measurement, plan)
     names = {name.rsplit(".", 1)[0] for name in load_file(tmp_path / "t.safetensors")}
-    assert names == {"layers.0", "layers.1", "encoder.layers.0", "encoder.layers.1", "encoder.layers.2"}
+    assert names == {"layers.0", "layers.1", "other_side.layers.0", "other_side.layers.1", "other_side.layers.2"}
     profile = consolidate(
         [measurement],
         teacher="t",
@@ -240,15 +247,17 @@ def test_both_sides_have_critical_layers_tensors_and_capabilities(speech_model, 
         seed=0,
         capabilities={"asr": [measurement], "translation": [measurement]},
     )
-    assert [c.layer for c in profile.encoder.critical_layers] == [2, 1, 0]
-    assert set(profile.encoder.capabilities) == {"asr", "translation"}
+    assert [c.layer for c in profile.other_side.critical_layers] == [2, 1, 0]
+    assert set(profile.other_side.capabilities) == {"asr", "translation"}
 
 
 def test_sampling_goes_on_until_both_sides_are_stable(speech_model, profile_batch):
     measurement = significant(NIWTProfiler(speech_model).measure(profile_batch))
     assert is_stable(measurement, seed=0)
     noise = np.random.default_rng(0).normal(0, 1, size=(3, 20))
-    unsure = replace(measurement, encoder=replace(measurement.encoder, delta_LB=noise - noise.mean(1, keepdims=True)))
+    unsure = replace(
+        measurement, other_side=replace(measurement.other_side, delta_LB=noise - noise.mean(1, keepdims=True))
+    )
     assert not is_stable(unsure, seed=0)
     plan = SamplingPlan(max_samples=4, min_samples=2)
     assert NIWTProfiler(speech_model).profile([profile_batch], sampling=plan).num_samples == 4
@@ -257,7 +266,7 @@ def test_sampling_goes_on_until_both_sides_are_stable(speech_model, profile_batc
 def test_without_text_the_encoder_is_measured_alone(speech_model, speech_batch):
     batch = EncoderProfileBatch(["a", "b", "c", "d"], speech_batch.inputs, None)
     profile = NIWTProfiler(speech_model).profile([batch])
-    assert (profile.metric, profile.side, profile.path, profile.encoder) == (
+    assert (profile.metric, profile.side, profile.path, profile.other_side) == (
         "cosine_drop", "encoder", PATHS["encoder"], None,
     )  # fmt: skip
     encoder = speech_model.get_encoder()
