@@ -170,7 +170,7 @@ class Session:
         """The teachers, loaded."""
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
-            from actors.pool import TeacherPool
+            from actors.pool import TeacherPool, sleep_of
 
             specs = self.specs
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
@@ -185,6 +185,7 @@ class Session:
                 max_retries=self.config.distill.max_retries,
                 load_timeout_s=LOAD_TIMEOUT_S,
                 check=self.check_signals,
+                sleep=sleep_of(self.config),
             )
             for report in self._reports.values():
                 self.reporter.line(

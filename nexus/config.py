@@ -181,6 +181,8 @@ class ExtractConfig(ConfigSection):
 
     batch_size: int = Field(128, gt=0)
     rows_per_file: int = Field(2048, gt=0)
+    max_rows: int | None = Field(None, gt=0)
+    """Readable rows of each capability that are answered at most; None answers all. Training draws from the answered ones."""
 
 
 class RecoverySection(ConfigSection):
@@ -321,6 +323,18 @@ class ClusterConfig(ConfigSection):
     object_store_mib: int = Field(256, ge=80)
     torch_threads: int = Field(1, gt=0)
     """Threads of each actor's tensor operations."""
+    resident_teachers: int | None = Field(None, gt=0)
+    """Teachers that are awake at a time; the others sleep, and the least recently used one is put to sleep for the next. None keeps
+    all awake. `nexus plan` says how many fit."""
+    sleeper_mib: int = Field(600, gt=0)
+    """Private memory that the process of a sleeping teacher may keep; beyond it the process is restarted, which gives back all of it
+    and lengthens the wake by some seconds. Without a model a process keeps about 400."""
+
+    @model_validator(mode="after")
+    def _sleepers_need_a_limit(self) -> ClusterConfig:
+        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
+            raise ValueError("sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers")
+        return self
 
 
 class CacheConfig(ConfigSection):
