@@ -18,7 +18,7 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, NotANumberError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -234,15 +234,19 @@ class TeacherEngine:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
         A language model is measured on the rows' completions. A classifier is measured on the rows' labels, or on its own decisions
-        when not every row has one; an encoder without a head on its embedding.
+        when no row has one; an encoder without a head on its embedding.
 
         Raises:
-            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
+                for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
         profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
-        return profiler.measure(batch)
+        try:
+            return profiler.measure(self._profile_batch(records, snr_db))
+        except NotANumberError:
+            self._refuse_spoiled(profiler, records, snr_db)
+            raise
 
     def confirm(
         self,
@@ -262,8 +266,7 @@ class TeacherEngine:
             RowsError: as `measure`; or rows without an answer to find.
         """
         profiler = NIWTProfiler(self._runner, strategy=strategy)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
-        confirmed = profiler.confirm(batch, plan)
+        confirmed = profiler.confirm(self._profile_batch(records, snr_db), plan)
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
@@ -365,13 +368,35 @@ class TeacherEngine:
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
 
+    def _profile_batch(self, records: Sequence[Record], snr_db: float | None) -> ProfileBatch | EncoderProfileBatch:
+        return self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
+
+    def _refuse_spoiled(self, profiler: NIWTProfiler, records: Sequence[Record], snr_db: float | None) -> None:
+        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
+        spoiled = {}
+        for record in records:
+            try:
+                profiler.measure(self._profile_batch([record], snr_db))
+            except NotANumberError:
+                spoiled[record.id] = "NaN"
+        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
+        if 0 < len(spoiled) < len(records) or len(records) == 1:
+            raise RowsError(
+                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
+                "compute dtype.",
+                spoiled,
+            )
+
     def _media_batch(self, records: Sequence[Record], snr_db: float | None) -> EncoderProfileBatch:
         row_ids = [record.id for record in records]
         inputs = encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
         texts = self.label_texts
         golds = [record.completion if record.answer is None else record.answer for record in records]
-        if texts is None or None in golds:
+        unlabelled = {row_id: "no answer" for row_id, gold in zip(row_ids, golds, strict=True) if gold is None}
+        if texts is None or len(unlabelled) == len(records):
             return EncoderProfileBatch(row_ids, inputs, None)
+        if unlabelled:
+            raise RowsError("Expected an answer in every row or in none; add or drop them.", unlabelled)
         unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
         if unknown:
             raise RowsError(
