@@ -215,6 +215,16 @@ def profile(
             "--resume/--fresh", help="Continue with what an unfinished command has measured, or measure anew."
         ),
     ] = True,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            metavar="DIR",
+            help="Profile this exported student instead, on the same rows; the run's report lays it beside its teachers.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability.
 
@@ -223,6 +233,24 @@ def profile(
     settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
     extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
+    if bundle is not None:
+        unused = {
+            "--cluster": cluster != "auto",
+            "--dashboard": dashboard,
+            "--models-dir": models_dir is not None,
+            "--budget-seconds": budget_seconds is not None,
+            "--teachers": teachers is not None,
+            "--fresh": not resume,
+        }
+        for name, is_given in unused.items():
+            if is_given:
+                raise UserError(
+                    f"Expected --bundle without {name}, which has no effect on a student alone, found both. Leave one out."
+                )
+        from jobs.structure import profile_bundle
+
+        profile_bundle(options, bundle)
+        return
     chosen = None if teachers is None else tuple(name.strip() for name in teachers.split(",") if name.strip())
     if chosen == ():
         raise UserError(f"Expected --teachers ID,ID, found {teachers!r}. Name at least one, or leave it out for all.")
