@@ -339,7 +339,8 @@ class ClusterConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _sleepers_need_a_limit(self) -> ClusterConfig:
-        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
+        default = ClusterConfig.model_fields["sleeper_mib"].default
+        if self.resident_teachers is None and self.placement == "even" and self.sleeper_mib != default:
             raise ValueError(
                 "sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers"
             )
