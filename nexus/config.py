@@ -218,7 +218,9 @@ class SurgerySection(ConfigSection):
             chosen = ["every"] if "every" in self.model_fields_set else []
             chosen += ["subset"] if self.subset != "adapters_and_trunk" else []
             if chosen:
-                raise ValueError(f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad")
+                raise ValueError(
+                    f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad"
+                )
         return self
 
 
@@ -323,6 +325,11 @@ class ClusterConfig(ConfigSection):
     object_store_mib: int = Field(256, ge=80)
     torch_threads: int = Field(1, gt=0)
     """Threads of each actor's tensor operations."""
+    placement: Literal["even", "planned"] = "even"
+    """even: all actors hold equal parts of the GPUs. planned: as `nexus plan` says for the cluster that is joined; who does not fit
+    sleeps on its own GPU, and spare GPUs get copies of the slowest teachers."""
+    gpu_gib: float | None = Field(None, gt=0)
+    """Free memory of each GPU for the plan; None asks the GPUs."""
     resident_teachers: int | None = Field(None, gt=0)
     """Teachers that are awake at a time; the others sleep, and the least recently used one is put to sleep for the next. None keeps
     all awake. `nexus plan` says how many fit."""
@@ -332,8 +339,17 @@ class ClusterConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _sleepers_need_a_limit(self) -> ClusterConfig:
-        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
-            raise ValueError("sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers")
+        default = ClusterConfig.model_fields["sleeper_mib"].default
+        if self.resident_teachers is None and self.placement == "even" and self.sleeper_mib != default:
+            raise ValueError(
+                "sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers"
+            )
+        if self.gpu_gib is not None and self.placement == "even":
+            raise ValueError("gpu_gib has no effect while placement is even; remove it or set placement: planned")
+        if self.resident_teachers is not None and self.placement == "planned":
+            raise ValueError(
+                "resident_teachers has no effect while placement is planned, which chooses it; remove one of them"
+            )
         return self
 
 
