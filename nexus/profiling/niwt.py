@@ -66,6 +66,7 @@ from nexus.profiling.perturbation import (
 )
 from nexus.profiling.probe import ProbeStatistics
 from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
+from nexus.profiling.scales import plain_scales
 from nexus.profiling.spectral import Comoment
 
 __all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
@@ -204,7 +205,7 @@ class NIWTProfiler:
                     logger.warning("%s Going on with one decode per ablation.", error)
             return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
 
-        with undisturbed(self.model):
+        with undisturbed(self.model), plain_scales(self.model):
             parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
