@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from nexus.profiling.niwt import NIWTProfiler
 from nexus.profiling.scales import plain_scales
 from nexus.towers.nf4 import freeze
 
 
-@pytest.fixture
-def frozen(qwen3_nf4):
-    """The model as towers are loaded: no forward repacks its weights."""
-    modules = [module for module in qwen3_nf4.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
-    flags = [module.support_avx512bf16_for_cpu for module in modules]
-    needs_grad = [parameter.requires_grad for parameter in qwen3_nf4.parameters()]
-    freeze(qwen3_nf4)
-    yield qwen3_nf4
-    for module, flag in zip(modules, flags, strict=True):
-        module.support_avx512bf16_for_cpu = flag
-    for parameter, needed in zip(qwen3_nf4.parameters(), needs_grad, strict=True):
-        parameter.requires_grad_(needed)
+@pytest.fixture(scope="module")
+def frozen(qwen3, tmp_path_factory) -> PreTrainedModel:
+    """A model as towers are loaded: no forward repacks its weights."""
+    path = tmp_path_factory.mktemp("frozen")
+    qwen3.save_pretrained(path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = Qwen3ForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+    freeze(model)
+    return model
 
 
 def states(model) -> list:
@@ -54,8 +57,11 @@ def test_weights_are_as_found_after_an_error(frozen):
 def test_matrices_that_a_forward_may_repack_are_left_alone(frozen):
     first, *_ = (module for module in frozen.modules() if hasattr(module, "support_avx512bf16_for_cpu"))
     first.support_avx512bf16_for_cpu = True
-    with plain_scales(frozen):
-        assert [state.nested for state in states(frozen)] == [True] + [False] * (len(states(frozen)) - 1)
+    try:
+        with plain_scales(frozen):
+            assert [state.nested for state in states(frozen)] == [True] + [False] * (len(states(frozen)) - 1)
+    finally:
+        first.support_avx512bf16_for_cpu = False
 
 
 def test_generating_leaves_scales_as_it_found_them(frozen):
