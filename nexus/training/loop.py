@@ -44,6 +44,7 @@ from nexus.training.teacher_gradients import (
 ADAM_BETAS = (0.9, 0.95)
 """The second decay of language-model training (GPT-3, LLaMA): the variance follows a spike within 20 steps instead of 1,000."""
 
+
 class TargetSource(Protocol):
     """Where targets come from: a pool of teacher actors, or teachers in this process."""
 
@@ -542,9 +543,7 @@ class DistillationLoop:
         if parts.gold is not None and self.settings.gold_weight:
             gradients.add_plain(self.settings.gold_weight * parts.gold)
 
-    def _write(
-        self, gradients: TeacherGradients, combined: SurgeryLoss | None, factor: float
-    ) -> SurgeryOutcome | None:
+    def _write(self, gradients: TeacherGradients, combined: SurgeryLoss | None, factor: float) -> SurgeryOutcome | None:
         """Set the gradients of the step; returns what surgery found where it was due."""
         due = self._operation is not None and combined is not None and self._operation.due(tuple(combined.coefficients))
         baselines = {} if self._surgery is None else self._surgery.baselines
