@@ -170,7 +170,7 @@ class Session:
         """The teachers, loaded."""
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
-            from actors.pool import TeacherPool
+            from actors.pool import TeacherPool, sleep_of
 
             specs = self.specs
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
@@ -185,11 +185,13 @@ class Session:
                 max_retries=self.config.distill.max_retries,
                 load_timeout_s=LOAD_TIMEOUT_S,
                 check=self.check_signals,
+                sleep=sleep_of(self.config),
             )
             for report in self._reports.values():
                 self.reporter.line(
                     f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
                     f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
+                    + (", from the quantised cache" if report.from_cache else "")
                 )
             logger.info("teachers loaded in %.1f s", time.perf_counter() - start)
         return self._pool
@@ -199,6 +201,15 @@ class Session:
         """What each teacher said after loading."""
         self.pool  # noqa: B018  # loads
         return self._reports
+
+    def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
+        """The teachers of `capability` that answer in text: language models, and encoders with label texts."""
+        roles, reports = self.roles, self.load_reports
+        return tuple(
+            teacher
+            for teacher in self.config.teachers_of(capability)
+            if roles[teacher.id] == "causal_lm" or reports[teacher.id].label_texts is not None
+        )
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -215,6 +226,7 @@ class Session:
         from nexus.towers.registry import load_registry, resolve_teacher
 
         registry = load_registry()
+        cache = self.config.cache
         found = [resolve_teacher(teacher, registry, models_dir=self._models_dir) for teacher in self.teachers]
         return [
             dataclasses.replace(
@@ -222,6 +234,8 @@ class Session:
                 id=teacher.id,
                 path=str(Path(spec.path).absolute()),
                 base_path=None if spec.base_path is None else str(Path(spec.base_path).absolute()),
+                cache_dir=cache.dir,
+                cache_min_parameters=cache.min_parameters,
             )
             for teacher, spec in zip(self.teachers, found, strict=True)
         ]

@@ -247,7 +247,7 @@ class TrainerActor:
         )
 
     def _source(self, events: EventLog) -> PoolSource:
-        from actors.pool import TeacherPool
+        from actors.pool import TeacherPool, sleep_of
 
         settings = self._plan.config.distill
         pool = TeacherPool.attach(
@@ -255,6 +255,7 @@ class TrainerActor:
             window=settings.window,
             timeout_s=settings.target_timeout_s,
             max_retries=settings.max_retries,
+            sleep=sleep_of(self._plan.config),
             on_event=lambda kind, teacher, reason: events.write(
                 {
                     "kind": "restart" if kind == "retry" else kind,
@@ -278,6 +279,7 @@ class TrainerActor:
             "total": report.total,
             "grad_norm": report.grad_norm,
             "lr": report.learning_rate,
+            "tokens": dict(report.tokens),
             "wait_s": round(report.wait_s, 4),
         }
         if report.excluded:

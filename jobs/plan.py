@@ -127,6 +127,11 @@ def render_plan(plan: RunPlan) -> str:
         "registry's estimate"
     )
     parts += ["", *_section("training, every teacher at every step", plan.training)]
+    residents = sum(place.mode == "resident" and place.id != STUDENT for place in plan.training.places)
+    if any(use.turns for use in plan.training.devices):
+        parts.append(
+            f"not all fit at once: cluster.resident_teachers={residents + 1} keeps {residents} awake and a place for whoever is woken"
+        )
     parts += ["", *_section("extraction, each teacher once", plan.extraction)]
     parts += ["", "What each way of living would cost:", *_costs(plan.training)]
     speeds = plan.speeds

@@ -238,6 +238,8 @@ class Metrics(StrictModel):
     """Of each teacher that targets came from."""
     student_parameters: int
     teacher_parameters: dict[str, int]
+    teacher_tokens: dict[str, int] = {}
+    """Tokens that the student learned from each teacher, over the whole training; 0 for a starved one."""
     seed: int
 
 

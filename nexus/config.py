@@ -25,6 +25,7 @@ SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
 Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
+Divergence = Literal["mix", "forward_kl"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -188,6 +189,8 @@ class ExtractConfig(ConfigSection):
 
     batch_size: int = Field(128, gt=0)
     rows_per_file: int = Field(2048, gt=0)
+    max_rows: int | None = Field(None, gt=0)
+    """Readable rows of each capability that are answered at most; None answers all. Training draws from the answered ones."""
 
 
 class RecoverySection(ConfigSection):
@@ -247,6 +250,8 @@ class DistillConfig(ConfigSection):
     grad_clip: float = Field(1.0, gt=0)
     temperature: float = Field(2.0, gt=0)
     """Softmax temperature of the distillation loss, for teachers and student alike."""
+    divergence: Divergence = "mix"
+    """Of token distributions: `mix` is half a skewed KL(teacher || student) and half a skewed KL(student || teacher), bounded."""
     transport: Transport = "topk"
     """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
     mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
@@ -328,6 +333,33 @@ class ClusterConfig(ConfigSection):
     object_store_mib: int = Field(256, ge=80)
     torch_threads: int = Field(1, gt=0)
     """Threads of each actor's tensor operations."""
+    resident_teachers: int | None = Field(None, gt=0)
+    """Teachers that are awake at a time; the others sleep, and the least recently used one is put to sleep for the next. None keeps
+    all awake. `nexus plan` says how many fit."""
+    sleeper_mib: int = Field(600, gt=0)
+    """Private memory that the process of a sleeping teacher may keep; beyond it the process is restarted, which gives back all of it
+    and lengthens the wake by some seconds. Without a model a process keeps about 400."""
+
+    @model_validator(mode="after")
+    def _sleepers_need_a_limit(self) -> ClusterConfig:
+        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
+            raise ValueError("sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers")
+        return self
+
+
+class CacheConfig(ConfigSection):
+    """Quantised weights of teachers, kept on each node for the next load."""
+
+    dir: str | None = "~/.cache/nexus/nf4"
+    """Folder; `~` is the home of whoever loads the teacher. null keeps nothing."""
+    min_parameters: int = Field(50_000_000, ge=0)
+    """Smaller teachers are quantised anew at every load, which takes them a few seconds."""
+
+    @model_validator(mode="after")
+    def _limit_needs_a_folder(self) -> CacheConfig:
+        if self.dir is None and "min_parameters" in self.model_fields_set:
+            raise ValueError("min_parameters has no effect while dir is null; remove it or name a folder")
+        return self
 
 
 class RunConfig(ConfigSection):
@@ -345,6 +377,7 @@ class RunConfig(ConfigSection):
     router: RouterConfig = RouterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> RunConfig:
@@ -500,6 +533,8 @@ def dump_config(config: RunConfig) -> str:
     if config.distill.surgery.method == "none":
         # `every` has no effect then, and a setting without effect is refused when read back.
         document["distill"]["surgery"].pop("every")
+    if config.cache.dir is None:
+        document["cache"].pop("min_parameters")
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 

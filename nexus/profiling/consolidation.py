@@ -131,14 +131,11 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
     """
     if not measurements:
         raise ProfilingError("Expected at least one measured batch, found none. Give the profiler samples.")
-    kinds = {
-        (m.metric, m.strategy, len(m.delta_LB), m.correct_VB is None and m.probe is None, m.path or "")
-        for m in measurements
-    }
+    kinds = {(m.metric, len(m.delta_LB), m.correct_VB is None and m.probe is None, m.path or "") for m in measurements}
     if len(kinds) > 1:
         raise ProfilingError(
-            "Expected measurements of one model by one metric and strategy, all with labels or none, found (metric, strategy, "
-            f"layers, unlabelled, path) of {sorted(kinds)}. Measure again with one profiler."
+            "Expected measurements of one model by one metric, all with labels or none, found (metric, layers, unlabelled, path) of "
+            f"{sorted(kinds)}. Measure again with one profiler."
         )
     # Floating-point sums depend on their order: ids fix it, and the values fix it where ids repeat.
     ordered = sorted(measurements, key=lambda m: (m.sample_ids, m.delta_LB.tolist()))
@@ -148,7 +145,8 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
     by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
     return BatchMeasurement(
         metric=first.metric,
-        strategy=first.strategy,
+        # Strategies give equal results, and each batch has the one that is cheapest for its shape.
+        strategy="+".join(sorted({name for m in ordered for name in m.strategy.split("+")})),
         sample_ids=tuple(sample_ids[index] for index in by_id),
         token_counts_B=np.concatenate([m.token_counts_B for m in ordered])[by_id],
         clean_nll_B=_concatenate([m.clean_nll_B for m in ordered], by_id),

@@ -37,6 +37,17 @@ from nexus.profiling.consolidation import (
     plan_confirmation,
     write_tensors,
 )
+from nexus.profiling.cost import (
+    CPU_TOKENS,
+    MACHINES,
+    DecodeStrategy,
+    Machine,
+    SweepStrategy,
+    Work,
+    cheapest,
+    decode_seconds,
+    sweep_seconds,
+)
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
 from nexus.profiling.inputs import ModelInputs, counts_from_the_left, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
@@ -45,7 +56,6 @@ from nexus.profiling.perturbation import (
     Intervention,
     Observer,
     OutputReader,
-    SweepStrategy,
     TokenReader,
     kl_divergence,
     scorable_targets,
@@ -69,10 +79,6 @@ Part = TypeVar("Part")
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
 _WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
 
-# Tokens of all live rows together that keep a CPU busy in one forward of a block; more of them only take memory and fall out of its
-# caches.
-_CPU_TOKENS = 4096
-
 # Is shown the index of a block and the clean inputs and outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor, Tensor], None]
 # Makes the interventions on some rows, given their range in the batch and their mask [B, T], if any.
@@ -91,9 +97,9 @@ class NIWTProfiler:
             decoder's; what its encoder reads is given as `inputs`.
         layers: the block list, its dotted path, or None to find it (`nexus.profiling.layers.find_blocks`). Where an encoder-decoder's
             are found, profiles tell of its encoder's blocks too, apart (`find_stacks`).
-        strategy: "auto", or one that gives equal results at another cost. Scoring: "brute", "prefix" or "triangular";
-            generation: "brute" or "stacked". A strategy of the other kind stands for its nearest relative: "stacked" scores
-            triangularly, "prefix" and "triangular" generate stacked.
+        strategy: "auto" (the cheapest by `nexus.profiling.cost`), or one that gives equal results at another cost. Scoring: "brute",
+            "prefix" or "triangular"; generation: "brute" or "stacked". A strategy of the other kind stands for its nearest
+            relative: "stacked" scores triangularly, "prefix" and "triangular" generate stacked.
         micro_batch_size: samples per forward; None chooses.
 
     Raises:
@@ -165,21 +171,30 @@ class NIWTProfiler:
                 "delta_nll, which takes media."
             )
         beside = _beside(inputs, len(input_ids_BT))
-        is_brute = self._sweep_strategy(is_text=True) == "brute" or not self._stacks_generations
         stop = stop_tokens(self.model)
-        prompt_length = input_ids_BT.shape[1]
-        size = self._text_batch_size(
-            num_variants=1 if is_brute else len(self.stack) + 1,
-            num_columns=prompt_length,
-            num_logits=1,
-            num_cached=prompt_length + max_new_tokens,
-            num_heard=self._num_heard(beside),
+        batch_size, prompt_length = input_ids_BT.shape
+        strategies: tuple[DecodeStrategy, ...] = ("stacked", "brute") if self.strategy == "auto" else ("stacked",)
+        if self._sweep_strategies(is_text=True) == ("brute",) or not self._stacks_generations:
+            strategies = ("brute",)
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=1 if strategy == "brute" else len(self.stack) + 1,
+                num_columns=prompt_length,
+                num_logits=1,
+                num_cached=prompt_length + max_new_tokens,
+                num_heard=self._num_heard(beside),
+            )
+            for strategy in strategies
+        }
+        work = self._work(batch_size, prompt_length)
+        chosen = cheapest(
+            {name: decode_seconds(self._machine, work, name, max_new_tokens, size) for name, size in sizes.items()}
         )
 
         def run(_: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT = _without_padding(part[:2])
             prompts = self._model_inputs(ids_BT, mask_BT, dict(zip(beside, part[2:], strict=True)))
-            if not is_brute and self._stacks_generations:
+            if chosen == "stacked" and self._stacks_generations:
                 try:
                     return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
                 except NotStackableError as error:
@@ -190,7 +205,7 @@ class NIWTProfiler:
             return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, *beside.values()], run)
+            parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
     def delta_nll(
@@ -256,7 +271,7 @@ class NIWTProfiler:
         scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
             metric=scores.metric,
-            strategy=self._strategy_for(batch),
+            strategy=scores.strategy,
             sample_ids=sample_ids,
             token_counts_B=scores.counts_B.numpy(),
             clean_nll_B=_numpy(scores.clean_nll_B),
@@ -423,14 +438,23 @@ class NIWTProfiler:
         with_kl: bool = False,
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=True, has_media=bool(beside))
-        num_interventions = len(self.stack) if interventions is None else len(interventions(slice(0, 0), None))
-        size = self._text_batch_size(
-            num_variants=num_interventions + 1 if strategy == "triangular" else 1,
-            num_columns=input_ids_BT.shape[1],
-            num_logits=int(targets_BT.sum(dim=1).max()),
-            num_cached=0,
-            num_heard=self._num_heard(beside),
+        swept = skip_each(self.stack) if interventions is None else interventions(slice(0, 0), None)
+        born_L = [sum(each.layer == layer for each in swept) for layer in range(len(self.stack))]
+        num_scored = int(targets_BT.sum(dim=1).max())
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=len(swept) + 1 if strategy == "triangular" else 1,
+                num_columns=input_ids_BT.shape[1],
+                num_logits=num_scored,
+                num_cached=0,
+                num_heard=self._num_heard(beside),
+                num_kept=len(self.stack) if strategy == "prefix" else 0,
+            )
+            for strategy in self._sweep_strategies(is_text=True, has_media=bool(beside))
+        }
+        work = self._work(len(input_ids_BT), input_ids_BT.shape[1])
+        chosen = cheapest(
+            {name: sweep_seconds(self._machine, work, name, born_L, size) for name, size in sizes.items()}
         )
 
         def run(rows: slice, part: list[Tensor]) -> Tensor:
@@ -439,24 +463,29 @@ class NIWTProfiler:
             if counts_from_the_left(self.model):
                 ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = TokenReader(self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl)
+            read = TokenReader(
+                self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl
+            )
             # Of what the blocks see: an encoder's own mask where it has one.
             seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
             if interventions is None:
                 with _observed(statistics) as observe:
-                    readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
+                    readings_VNC = sweep_skips(self.stack, read, chosen, _of_real_tokens(seen_BT, observe))
             else:
-                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, seen_BT))
+                readings_VNC = sweep(self.stack, read, chosen, interventions(rows, seen_BT))
             # Without the logits, which only show whether anything changed.
             summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
             return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run)
+            parts = self._in_micro_batches(
+                sizes[chosen], [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run
+            )
         nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores(
             metric="delta_nll",
+            strategy=chosen,
             counts_B=counts_B,
             delta_LB=nll_VB[1:] - nll_VB[:1],
             clean_nll_B=nll_VB[0],
@@ -471,7 +500,7 @@ class NIWTProfiler:
         interventions: InterventionsOf | None,
     ) -> _Scores:
         """Sweep all micro-batches of an encoder's inputs. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=False)
+        (strategy,) = self._sweep_strategies(is_text=False)
         model = encoding_part(self.model)
         size = self.micro_batch_size or batch.num_rows
 
@@ -491,18 +520,18 @@ class NIWTProfiler:
         readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
         embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
         if num_classes:
-            return _label_scores(readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
-        return _embedding_scores(readings_VBC)
+            return _label_scores(strategy, readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
+        return _embedding_scores(strategy, readings_VBC)
 
     @property
     def _ablates_encoder(self) -> bool:
         """Whether a decoder follows the blocks."""
         return self.stack.side == "encoder" and self.model.config.is_encoder_decoder
 
-    def _model_inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]) -> ModelInputs:
-        return model_inputs(
-            self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder
-        )
+    def _model_inputs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]
+    ) -> ModelInputs:
+        return model_inputs(self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder)
 
     def _num_heard(self, beside: Mapping[str, Tensor]) -> int:
         """Return the positions of an encoder-decoder's encoder, or more; 0 for other models."""
@@ -511,32 +540,58 @@ class NIWTProfiler:
         longest = max(max(tensor.shape[1:], default=0) for tensor in beside.values())
         return min(longest, getattr(self.model.config, "max_source_positions", longest))
 
-    def _strategy_for(self, batch: ProfileBatch | EncoderProfileBatch) -> SweepStrategy:
-        is_text = isinstance(batch, ProfileBatch)
-        return self._sweep_strategy(is_text=is_text, has_media=is_text and bool(batch.inputs))
-
-    def _sweep_strategy(self, *, is_text: bool, has_media: bool = False) -> SweepStrategy:
-        """Return how scoring sweeps, given what was asked for and what the model allows."""
+    def _sweep_strategies(self, *, is_text: bool, has_media: bool = False) -> tuple[SweepStrategy, ...]:
+        """Return how scoring may sweep, given what was asked for and what the model allows."""
         config = self.model.config.get_text_config()
         if self.strategy == "brute" or getattr(config, "num_kv_shared_layers", None):
             # Blocks that reuse another block's keys and values need all blocks to run, on the same rows.
-            return "brute"
+            return ("brute",)
         if not is_text or self.strategy == "prefix" or (has_media and not self.model.config.is_encoder_decoder):
             # What follows an encoder's blocks, or puts media between a decoder's, may know the batch size: ablations are not
             # stacked there.
-            return "prefix"
-        return "triangular"
+            return ("prefix",)
+        if self.strategy != "auto" or self.model.config.is_encoder_decoder:
+            # Every other strategy would run the encoder once more for each ablation of the decoder.
+            return ("triangular",)
+        return ("triangular", "prefix")
+
+    @property
+    def _machine(self) -> Machine:
+        return MACHINES["cpu" if self.model.device.type == "cpu" else "accelerator"]
+
+    def _work(self, num_rows: int, num_columns: int) -> Work:
+        block = self.stack.blocks[0]
+        stored = [*block.parameters(), *block.buffers()]
+        # 4-bit weights lie in pairs in bytes.
+        is_packed = [tensor.dtype == torch.uint8 for tensor in stored]
+        return Work(
+            num_layers=len(self.stack),
+            layer_parameters=sum(
+                tensor.numel() * (2 if packed else 1) for tensor, packed in zip(stored, is_packed, strict=True)
+            ),
+            is_quantised=any(is_packed),
+            num_rows=num_rows,
+            num_columns=num_columns,
+        )
 
     def _text_batch_size(
-        self, *, num_variants: int, num_columns: int, num_logits: int, num_cached: int, num_heard: int
+        self,
+        *,
+        num_variants: int,
+        num_columns: int,
+        num_logits: int,
+        num_cached: int,
+        num_heard: int,
+        num_kept: int = 0,
     ) -> int:
-        """Return how many samples of text to run at once, so that their live rows (`num_variants` each) fit the workspace."""
+        """Return how many samples of text to run at once, so that their live rows (`num_variants` each, and the states of
+        `num_kept` more) fit the workspace."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
         # Keys and values are at most as wide as the hidden states. Those of cross-attention are kept once per sample, and copied for
         # the rows of one block at a time; where the encoder is ablated each row has its own.
-        states = num_columns + 2 * len(self.stack) * num_cached + 3 * num_heard
+        states = num_columns * (1 + num_kept) + 2 * len(self.stack) * num_cached + 3 * num_heard
         if num_heard:
             num_columns = num_columns if self.stack.side == "decoder" else num_heard
             num_shares = num_variants if self.stack.side == "decoder" or num_cached == 0 else 1
@@ -545,7 +600,7 @@ class NIWTProfiler:
         device = "cpu" if self.model.device.type == "cpu" else "accelerator"
         size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
         if device == "cpu" and num_cached == 0:
-            size = min(size, _CPU_TOKENS // (num_variants * num_columns))
+            size = min(size, CPU_TOKENS // (num_variants * (1 + num_kept) * num_columns))
         return max(1, size)
 
     def _in_micro_batches(
@@ -596,6 +651,7 @@ class _Scores:
     """Sums per sample over its scored tokens; fields as in BatchMeasurement, on the CPU."""
 
     metric: Metric
+    strategy: SweepStrategy
     counts_B: Tensor
     delta_LB: Tensor
     clean_nll_B: Tensor | None = None
@@ -700,12 +756,15 @@ def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Ten
     return readings_VNC.new_zeros(shape).index_add(1, rows_N, readings_VNC)
 
 
-def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None) -> _Scores:
+def _label_scores(
+    strategy: SweepStrategy, log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None
+) -> _Scores:
     chosen_B = log_probs_VBC[0].argmax(dim=-1) if labels_B is None else labels_B.cpu()
     nll_VB = -log_probs_VBC.gather(-1, chosen_B.expand(len(log_probs_VBC), -1)[..., None])[..., 0]
     correct_VB = None if labels_B is None else log_probs_VBC.argmax(dim=-1) == chosen_B
     return _Scores(
         metric="label_nll",
+        strategy=strategy,
         counts_B=torch.ones_like(chosen_B),
         delta_LB=nll_VB[1:] - nll_VB[:1],
         clean_nll_B=nll_VB[0],
@@ -716,10 +775,10 @@ def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE
     )
 
 
-def _embedding_scores(embeddings_VBE: Tensor) -> _Scores:
+def _embedding_scores(strategy: SweepStrategy, embeddings_VBE: Tensor) -> _Scores:
     drop_LB = _cosine_drops(embeddings_VBE)
     counts_B = torch.ones(drop_LB.shape[1], dtype=torch.int64)
-    return _Scores("cosine_drop", counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
+    return _Scores("cosine_drop", strategy, counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
 
 
 def _cosine_drops(embeddings_VBE: Tensor) -> Tensor:

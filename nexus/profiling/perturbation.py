@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ProfilingError
+from nexus.profiling.cost import SweepStrategy
 from nexus.profiling.inputs import ModelInputs
 from nexus.profiling.layers import BlockCall, BlockHandler, BlockStack, Rows
-
-SweepStrategy = Literal["brute", "prefix", "triangular"]
 
 # Runs the model once, with so many variants stacked on the batch axis behind the blocks, and returns [variants, ...].
 Reader = Callable[[int], Tensor]

@@ -172,7 +172,9 @@ def _tensors(teacher: str, file: Path) -> Iterator[tuple[str, list[int], int]]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if 0 < length <= MAX_HEADER_BYTES else {"": None}
+            if not 0 < length <= MAX_HEADER_BYTES:
+                raise ValueError(length)
+            header: dict[str, Any] = json.loads(stream.read(length))
         for name, tensor in header.items():
             if name != "__metadata__":
                 begin, end = tensor["data_offsets"]

@@ -10,16 +10,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from nexus.artifacts import StrictModel
 from nexus.errors import TowerLoadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL_HASH_BYTES = 2 * 1024**3
 """Up to this size all bytes of the weights are hashed (about 4 s); larger ones by header, size and sampled blocks."""
 SAMPLED_BLOCKS = 256
 BLOCK_BYTES = 1024**2
+GLANCE_BLOCKS = 64
+GLANCE_BYTES = 16 * 1024
+"""What `sampled_digest` reads of a file beside its header: 1 MiB, a few milliseconds whatever the file's size."""
+
+
+class SourceFile(StrictModel):
+    """A weight file as the file system shows it."""
+
+    name: str
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,53 @@ def weights_digest(checkpoint: Checkpoint, *, full_hash_bytes: int = FULL_HASH_B
                 file.seek(path.stat().st_size * i // SAMPLED_BLOCKS)
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """SHA-256 over a safetensors file's header and evenly spaced blocks: tells checkpoints apart, does not prove one whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        for i in range(GLANCE_BLOCKS):
+            file.seek(path.stat().st_size * i // GLANCE_BLOCKS)
+            digest.update(file.read(GLANCE_BYTES))
+    return digest.hexdigest()
+
+
+def source_files(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
+    """Sizes and times of the safetensors files."""
+    stats = {path.name: path.stat() for path in checkpoint.files}
+    return tuple(SourceFile(name=name, size=stat.st_size, mtime_ns=stat.st_mtime_ns) for name, stat in stats.items())
+
+
+class StoredTensor:
+    """A tensor of a checkpoint that is read when it is indexed, into memory of its own.
+
+    transformers takes it for a slice of a safetensors file. Reading through a mapping, as it would itself, leaves every page of the
+    checkpoint in the process, whose peak would then be the floating-point model.
+    """
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._slice = file.get_slice(key)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The part that `index` says, in torch's own (aligned) memory."""
+        tensor: Tensor = self._slice[index].clone()
+        return tensor
+
+    def get_shape(self) -> list[int]:
+        """Sizes of all dimensions."""
+        return list(self._slice.get_shape())
+
+    def get_dtype(self) -> str:
+        """Number type, as safetensors writes it."""
+        return str(self._slice.get_dtype())
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint by their key; none is read."""
+    files = {path: safe_open(path, framework="pt", backend="pread") for path in checkpoint.files}
+    return {key: StoredTensor(files[path], key) for key, path in checkpoint.weights.items()}
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

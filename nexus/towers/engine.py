@@ -1,6 +1,7 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py, diffusion.py or sae.py does the work.
+What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec.py, codec_lm.py, diffusion.py or
+sae.py does the work.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
 from nexus.profiling.reasoning_eval import ablated_answers
 from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
+from nexus.towers.codec import CODECS, score_codec
 from nexus.towers.diffusion import denoise
 from nexus.towers.health import check_targets
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
 from nexus.towers.targets import (
+    CodecTargets,
     DenoisingTargets,
     ScoreRequest,
     SparseTargets,
@@ -80,12 +83,16 @@ class TeacherEngine:
     @property
     def num_layers(self) -> int:
         """Blocks whose hidden states can be asked for."""
-        return len(find_blocks(self._runner)) if self.tower.denoiser is None else len(self.tower.denoiser.blocks)
+        if self.tower.denoiser is not None:
+            return len(self.tower.denoiser.blocks)
+        return 0 if self.role == "codec" else len(find_blocks(self._runner))
 
     @property
     def hidden_size(self) -> int:
-        """Width H of those hidden states."""
-        return block_width(self._runner) if self.tower.denoiser is None else self.tower.denoiser.hidden_size
+        """Width H of those hidden states; of a codec's latents."""
+        if self.tower.denoiser is not None:
+            return self.tower.denoiser.hidden_size
+        return int(self.tower.model.config.hidden_size) if self.role == "codec" else block_width(self._runner)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -120,6 +127,7 @@ class TeacherEngine:
         encoded: encoder.Encoded | None = None
         features: dict[int, SparseTargets] | None = None
         denoised: DenoisingTargets | None = None
+        coded: CodecTargets | None = None
         if self.role in ("causal_lm", "sae"):
             if request.completions is None:
                 raise ConfigError(
@@ -142,7 +150,10 @@ class TeacherEngine:
                     f"Expected media for the teacher {self.teacher_id!r} of role {self.role}, found none. Give it rows with "
                     "images or audio."
                 )
-            if self.role == "codec_lm":
+            if self.role == "codec":
+                model = self.tower.model
+                coded = score_codec(model, self.tower.processor.sampling_rate, CODECS[type(model).__name__], request)
+            elif self.role == "codec_lm":
                 tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
             else:
                 encoded = self._encode(
@@ -166,6 +177,7 @@ class TeacherEngine:
             features=features,
             codebooks=codec_lm.num_codebooks(self.tower.model) if self.role == "codec_lm" else None,
             denoising=denoised,
+            codec=coded,
         )
         check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets

@@ -29,6 +29,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,18 +38,24 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from nexus.artifacts import fingerprint_of
 from nexus.config import Role
-from nexus.errors import TowerLoadError
+from nexus.errors import ProfilingError, TowerLoadError
 from nexus.profiling.layers import find_blocks
 from nexus.towers.blocks import block_width
-from nexus.towers.checkpoint import Checkpoint, open_checkpoint, weights_digest
+from nexus.towers.cache import QuantisedCache, recipe_of
+from nexus.towers.checkpoint import Checkpoint, open_checkpoint, stored_tensors, weights_digest
+from nexus.towers.codec import CODECS
 from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.diffusion import Denoiser
+from nexus.towers.encoder import encoder_of
+from nexus.towers.memory import require_memory
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
+    QuantisationPlan,
     freeze,
     measure_coverage,
     plan_quantisation,
+    prepare_modules,
     quantisation_config,
 )
 from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_loadable, resolve_entry
@@ -81,6 +88,8 @@ class LoadedTower:
     """Of an sae, whose `model` is the base model that it reads; None for all other roles."""
     denoiser: Denoiser | None = None
     """The pipeline of a diffusion teacher, whose `model` is the component that predicts the noise; None for all other roles."""
+    from_cache: bool = False
+    """Its weights were quantised by an earlier load."""
 
 
 class TowerLoader:
@@ -89,7 +98,7 @@ class TowerLoader:
     Args:
         registry: gives the entries of `load`.
         models_dir: searched first, for a folder named like the id; None means `models`.
-        cache_dir: the Hugging Face cache; None means the user's own.
+        cache_dir: where quantised weights are kept for the next load, whatever their size; None keeps none.
         device: `auto` takes the first GPU, or the CPU without one.
     """
 
@@ -113,11 +122,13 @@ class TowerLoader:
             TowerLoadError: unknown id, no files on this machine, or files that are not what the entry demands.
             UnsupportedRoleError: a role that this version cannot load.
         """
-        spec = resolve_entry(self._registry.get(teacher_id), models_dir=self._models_dir, cache_dir=self._cache_dir)
+        spec = resolve_entry(self._registry.get(teacher_id), models_dir=self._models_dir)
         return self.load_spec(spec, quantise=quantise)
 
     def load_spec(self, spec: TeacherSpec, *, quantise: bool = True) -> LoadedTower:
         """Load any resolved teacher; raises as `load` does."""
+        if self._cache_dir is not None:
+            spec = replace(spec, cache_dir=str(self._cache_dir), cache_min_parameters=0)
         return load_tower(spec, device=self._device, quantise=quantise)
 
 
@@ -139,14 +150,16 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role in ("encoder", "codec_lm") else None
-    quantise = quantise and spec.quantise
-    model, coverage = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
+    processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
+    # Codecs stay in floating point: four bits are heard.
+    quantise = quantise and spec.quantise and spec.role != "codec"
+    loaded = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
+    model, coverage = loaded.model, loaded.coverage
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
     fingerprint = fingerprint_of(
         {
             "schema": TARGETS_SCHEMA,
-            "weights": weights_digest(checkpoint),
+            "weights": loaded.digest,
             "config": dict(checkpoint.config),
             "class": type(model).__name__,
             "role": spec.role,
@@ -161,17 +174,20 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         "teacher %s: %.1f %% of %d parameters in NF4, %.3f bits each, largest weight error %.3f",
         spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
     )  # fmt: skip
-    return LoadedTower(model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec)
+    return LoadedTower(
+        model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec, from_cache=loaded.from_cache
+    )
 
 
 def load_component(
     spec: TeacherSpec, model_class: Any, device: torch.device, *, quantise: bool
 ) -> tuple[PreTrainedModel, CoverageReport, str]:
-    """One model of transformers by itself, its coverage, and a hash of its weights and configuration; raises as `load_tower`."""
+    """One model of transformers by itself, its coverage, and a hash of weights and configuration; raises as `load_tower`."""
     checkpoint = open_checkpoint(Path(spec.path))
     skeleton = _skeleton(spec, model_class)
-    model, coverage = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
-    return model, coverage, fingerprint_of({"weights": weights_digest(checkpoint), "config": dict(checkpoint.config)})
+    loaded = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
+    digest = fingerprint_of({"weights": loaded.digest, "config": dict(checkpoint.config)})
+    return loaded.model, loaded.coverage, digest
 
 
 def _load_diffusion(spec: TeacherSpec, device: torch.device, *, quantise: bool) -> LoadedTower:
@@ -184,9 +200,7 @@ def _load_diffusion(spec: TeacherSpec, device: torch.device, *, quantise: bool) 
 
     denoiser, coverage, components = load_pipeline(spec, device, quantise=quantise, load_transformer=load_component)
     fingerprint = fingerprint_of({"pipeline": components, "role": spec.role, "schema": TARGETS_SCHEMA})
-    return LoadedTower(
-        denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser
-    )
+    return LoadedTower(denoiser.model, None, None, spec.role, coverage, fingerprint, None, spec, denoiser=denoiser)
 
 
 def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
@@ -221,6 +235,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         rules.update({part: backend[part] for part in ("model", "normalizer", "pre_tokenizer")})
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def block_names(model: PreTrainedModel, role: Role) -> tuple[str, ...]:
+    """Dotted names of the blocks whose layers count for `role`; empty for a model without any."""
+    runner = encoder_of(model) if role == "encoder" else model
+    try:
+        blocks = find_blocks(runner).blocks
+    except ProfilingError:
+        return ()
+    names = {id(module): name for name, module in model.named_modules()}
+    return tuple(names[id(block)] for block in blocks)
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------
@@ -258,6 +283,11 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
         raise TowerLoadError(
             f"Expected {CODEC_LM_CLASS} for teacher {spec.id!r} of role codec_lm, found {name}, whose codes this version cannot ask "
             "for. Remove it from the run."
+        )
+    if spec.role == "codec" and name not in CODECS:
+        raise TowerLoadError(
+            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. Remove "
+            "it from the run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
@@ -307,6 +337,17 @@ def _processor(spec: TeacherSpec) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class _LoadedModel:
+    """A model on its device, frozen, and what its weights are known by."""
+
+    model: PreTrainedModel
+    coverage: CoverageReport
+    digest: str
+    """`weights_digest` of the checkpoint."""
+    from_cache: bool = False
+
+
 def _load_model(
     spec: TeacherSpec,
     checkpoint: Checkpoint,
@@ -315,25 +356,77 @@ def _load_model(
     device: torch.device,
     *,
     quantise: bool,
-) -> tuple[PreTrainedModel, CoverageReport]:
+) -> _LoadedModel:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plan = NOTHING_QUANTISED
     if quantise:
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
+    require_memory(spec.id, skeleton, plan, dtype, device)
+    if not quantise or spec.cache_dir is None or skeleton.num_parameters() < spec.cache_min_parameters:
+        model, coverage, _ = _read_checkpoint(spec, checkpoint, skeleton, model_class, device, dtype, plan)
+        return _LoadedModel(model, coverage, weights_digest(checkpoint))
+    cache = QuantisedCache(Path(spec.cache_dir).expanduser())
+    blocks = block_names(skeleton, spec.role)
+    recipe = recipe_of(
+        checkpoint,
+        model_class=type(skeleton).__name__,
+        plan=plan,
+        dtype=dtype,
+        device_type=device.type,
+        blocks=blocks,
+        code=spec.remote_code,
+    )
+    entry = cache.find(spec.id, recipe, checkpoint)
+    if entry is not None:
+        prepare_modules(skeleton, plan, dtype, own_quantiser=entry.manifest.own_quantiser)
+        entry.fill(skeleton, device)
+        _finish(spec, skeleton)
+        logger.info("teacher %s: quantised weights from %s", spec.id, entry.folder)
+        return _LoadedModel(skeleton, entry.manifest.coverage, entry.manifest.weights_digest, from_cache=True)
+    model, coverage, own_quantiser = _read_checkpoint(spec, checkpoint, skeleton, model_class, device, dtype, plan)
+    digest = weights_digest(checkpoint)
+    cache.write(
+        spec.id,
+        recipe,
+        checkpoint,
+        model,
+        blocks=blocks,
+        coverage=coverage,
+        digest=digest,
+        own_quantiser=own_quantiser,
+    )
+    return _LoadedModel(model, coverage, digest)
+
+
+def _read_checkpoint(
+    spec: TeacherSpec,
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    model_class: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: QuantisationPlan,
+) -> tuple[PreTrainedModel, CoverageReport, bool]:
+    """The model from its floating-point tensors, what NF4 reached, and whether experts.py's quantiser did it."""
     keys = _keys_by_parameter(spec, skeleton, checkpoint)
     converted = any(f"{name}.weight" not in keys for name in plan.matrices)
+    quantised = plan is not NOTHING_QUANTISED
+    # The code of an allow-listed checkpoint is found through its folder.
+    source: dict[str, Any] = (
+        {"use_safetensors": True, "local_files_only": True, "trust_remote_code": True}
+        if spec.remote_code
+        else {"config": _config(spec, model_class), "state_dict": stored_tensors(checkpoint)}
+    )
     try:
         model, info = model_class.from_pretrained(
-            spec.path,
-            quantization_config=quantisation_config(plan, dtype, own_quantiser=converted) if quantise else None,
+            spec.path if spec.remote_code else None,
+            quantization_config=quantisation_config(plan, dtype, own_quantiser=converted) if quantised else None,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=spec.remote_code,
+            **source,
         )
     except Exception as error:  # as in _skeleton
         raise TowerLoadError(
@@ -341,8 +434,27 @@ def _load_model(
             "belongs to that class."
         ) from error
     _refuse_incomplete(spec, info)
+    _finish(spec, model)
+    return model, measure_coverage(model, plan, _original(keys), teacher_id=spec.id), converted
+
+
+def _finish(spec: TeacherSpec, model: PreTrainedModel) -> None:
+    """What `from_pretrained` takes from the folder beside the weights, and `freeze`."""
+    model.config.name_or_path = spec.path
+    if model.can_generate():
+        try:
+            configured = GenerationConfig.from_pretrained(spec.path, local_files_only=True)
+        except OSError:
+            # Older checkpoints keep it inside config.json.
+            configured = GenerationConfig.from_pretrained(
+                spec.path, config_file_name="config.json", _from_model_config=True, local_files_only=True
+            )
+        model.generation_config = configured
     freeze(model)
-    return model, measure_coverage(model, plan, _original(keys), teacher_id=spec.id)
+
+
+def _config(spec: TeacherSpec, model_class: Any) -> Any:
+    return model_class.config_class.from_pretrained(spec.path, local_files_only=True)
 
 
 def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
@@ -353,7 +465,7 @@ def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
             with torch.device("meta"):
                 skeleton = model_class.from_config(config, trust_remote_code=True)
         else:
-            config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
+            config = _config(spec, model_class)
             with torch.device("meta"):
                 skeleton = model_class(config)
     except Exception as error:  # configurations and models check little themselves, so a damaged one can raise anything

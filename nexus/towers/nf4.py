@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -176,6 +177,21 @@ def quantisation_config(
         llm_int8_skip_modules=list(plan.keep),
     )
     return config
+
+
+def prepare_modules(
+    skeleton: PreTrainedModel, plan: QuantisationPlan, compute_dtype: torch.dtype, *, own_quantiser: bool
+) -> None:
+    """Give a model on meta, in place, the modules and settings that `from_pretrained` gives one that it quantises by `plan`."""
+    for config in (skeleton.config, *(getattr(skeleton.config, name, None) for name in skeleton.config.sub_configs)):
+        if config is not None:
+            config.dtype = compute_dtype
+    quantiser = AutoHfQuantizer.from_config(
+        quantisation_config(plan, compute_dtype, own_quantiser=own_quantiser), pre_quantized=False
+    )
+    quantiser.preprocess_model(model=skeleton, dtype=compute_dtype, device_map=None)
+    skeleton.hf_quantizer = quantiser
+    quantiser.postprocess_model(skeleton)
 
 
 def freeze(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 """Roles that a run can distil from."""
 
-LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "diffusion", "sae")
+LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae")
 """Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")
@@ -241,6 +241,10 @@ class TeacherSpec:
     remote_code: bool = False
     base_path: str | None = None
     """Folder of the model that an sae reads; None for all other roles."""
+    cache_dir: str | None = None
+    """Where quantised weights are kept for the next load; None keeps none."""
+    cache_min_parameters: int = 0
+    """Models with fewer parameters are not kept, because quantising them takes no time."""
 
 
 def resolve_teacher(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -140,6 +141,8 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     rows: int
+    tokens: Mapping[str, int]
+    """Scored for each teacher that took part (`TeacherLoss.tokens`)."""
     wait_s: float
     """Seconds spent waiting for targets."""
     restored_step: int | None
@@ -204,6 +207,8 @@ class DistillationLoop:
         self._spike = spike
         self._asked = 0
         """Draws ahead whose targets have been asked for."""
+        self._tokens: Counter[str] = Counter()
+        """Scored in this step, by teacher."""
         self._awaited: set[Hashable] = set()
         """Keys of the targets that were asked for and not collected yet."""
         self.optimizer = _optimizer(objective, settings)
@@ -276,6 +281,7 @@ class DistillationLoop:
         self.recovery.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         factor = self._spike_factor(batches)
+        self._tokens.clear()
         losses = (
             self._whole_step(batches[0], targets[0], factor)
             if len(batches) == 1
@@ -312,6 +318,7 @@ class DistillationLoop:
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             rows=len(sample_ids),
+            tokens=dict(self._tokens),
             wait_s=wait_s,
             restored_step=restored,
         )
@@ -412,6 +419,7 @@ class DistillationLoop:
         for assignment, records in self._taught(batch).items():
             whole = None if sizes is None else sizes.teachers[assignment]
             loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole)
+            self._tokens[assignment.teacher] += loss.tokens
             kds.setdefault(assignment.teacher, []).append(loss.kd)
             anchors.setdefault(assignment.teacher, []).append(loss.anchor)
         asked = list(self._taught(batch)) if sizes is None else list(sizes.teachers)

@@ -92,6 +92,7 @@ def build_loop(
         top_k=distill.top_k,
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
+        divergence=distill.divergence,
         transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         head_of=None if source is None else lambda teacher: source.head(teacher),
     )
@@ -200,8 +201,9 @@ def _batches(
                 seed=config.seed * 1000 + number,
                 quarantine=quarantine,
             )
-            # A classifier's label becomes the row's answer.
-            fits = length_check(tokenizer, config.student.max_length, answers=facts[teacher.id].label_texts)
+            # A classifier's label becomes the row's answer; a teacher of features alone gives none.
+            answers = facts[teacher.id].label_texts or (("",) if facts[teacher.id].role == "encoder" else None)
+            fits = length_check(tokenizer, config.student.max_length, answers=answers)
             unlabelled[Assignment(teacher.id, capability)] = UsableBatches(batches, quarantine, fits)
     labelled: dict[str, RecordStream] = {
         source.capability: UsableBatches(

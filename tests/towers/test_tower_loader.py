@@ -57,7 +57,7 @@ def test_a_registry_id_is_loaded_from_the_models_folder(qwen_folder: Path, tmp_p
 
 
 def test_unknown_ids_and_absent_files_are_refused(tmp_path: Path) -> None:
-    loader = TowerLoader(one_registry(), models_dir=tmp_path, cache_dir=tmp_path)
+    loader = TowerLoader(one_registry(), models_dir=tmp_path)
     with pytest.raises(TowerLoadError, match="Did you mean 'tiny'"):
         loader.load("tny")
     with pytest.raises(TowerLoadError, match="nexus teachers pull tiny"):
