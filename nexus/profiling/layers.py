@@ -65,6 +65,16 @@ class BlockCall:
         hidden: Tensor = output[0]
         return hidden
 
+    def add_rows(self, rows: Rows) -> None:
+        """Give what the block returned beside its hidden states `rows` of its rows: some models hand it on to the next block."""
+        if self.extras is not None:
+            self.extras = _select_rows("", self.extras, rows)
+
+    def is_given(self, extras: Sequence[Any]) -> bool:
+        """Return whether a tensor among what an earlier block returned beside its hidden states came with the call."""
+        given = [id(value) for value in (*self._args, *self._kwargs.values())]
+        return any(isinstance(extra, Tensor) and id(extra) in given for extra in extras)
+
 
 BlockHandler = Callable[[BlockCall], Tensor]
 
@@ -238,9 +248,9 @@ def _stack(model: PreTrainedModel, path: str, blocks: Sequence[nn.Module]) -> Bl
 
 
 def _longest_list(base: nn.Module) -> list[nn.Module] | None:
-    candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
+    candidates = [list(m) for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
     # max keeps the first of equals: the outermost list.
-    return list(max(candidates, key=len)) if candidates else None
+    return max(candidates, key=len) if candidates else None
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:
