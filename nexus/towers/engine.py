@@ -20,7 +20,7 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, NotANumberError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -248,16 +248,21 @@ class TeacherEngine:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
         A language model is measured on the rows' completions, and so is what reads an sae's features. A classifier is measured on the
-        rows' labels, or on its own decisions when not every row has one. A speech recogniser of an encoder and a decoder is measured
-        on the rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder
-        without a head on its embedding.
+        rows' labels, or on its own decisions when no row has one. A speech recogniser of an encoder and a decoder is measured on the
+        rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder without
+        a head on its embedding.
 
         Raises:
-            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
+                for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
-        profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
-        return profiler.measure(batch)
+        try:
+            profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
+            return profiler.measure(batch)
+        except NotANumberError:
+            self._refuse_spoiled(records, strategy, snr_db)
+            raise
 
     def confirm(
         self,
@@ -397,6 +402,23 @@ class TeacherEngine:
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
 
+    def _refuse_spoiled(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> None:
+        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
+        spoiled = {}
+        for record in records:
+            profiler, batch = self._profiled([record], strategy, snr_db, None)
+            try:
+                profiler.measure(batch)
+            except NotANumberError:
+                spoiled[record.id] = "NaN"
+        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
+        if 0 < len(spoiled) < len(records) or len(records) == 1:
+            raise RowsError(
+                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
+                "compute dtype.",
+                spoiled,
+            )
+
     def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
         row_ids = [record.id for record in records]
         return encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
@@ -411,8 +433,11 @@ class TeacherEngine:
         inputs = self._prepared(records, snr_db)
         texts = self.label_texts
         golds = [record.completion if record.answer is None else record.answer for record in records]
-        if texts is None or None in golds:
+        unlabelled = {row_id: "no answer" for row_id, gold in zip(row_ids, golds, strict=True) if gold is None}
+        if texts is None or len(unlabelled) == len(records):
             return EncoderProfileBatch(row_ids, inputs, None)
+        if unlabelled:
+            raise RowsError("Expected an answer in every row or in none; add or drop them.", unlabelled)
         unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
         if unknown:
             raise RowsError(
