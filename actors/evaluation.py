@@ -172,6 +172,10 @@ def build_metrics(session: Session) -> Metrics:
         transports=read_artifact(session.run.path / TRANSPORTS_FILE, TransportsFile).teachers,
         student_parameters=evaluation.student_parameters,
         teacher_parameters=evaluation.teacher_parameters,
+        teacher_tokens={
+            teacher.id: session.events.taught_tokens("distilled").get(teacher.id, 0)
+            for teacher in session.config.teachers
+        },
         seed=session.config.seed,
     )
 
@@ -230,7 +234,7 @@ def _measured(
     while waiting:
         rejected: dict[str, dict[str, str]] = {}
         for capability in waiting:
-            for teacher in session.config.teachers_of(capability):
+            for teacher in session.answering_teachers(capability):
                 try:
                     measured[(teacher.id, capability)] = session.pool.collect(("tax", teacher.id, capability))
                 except RowsError as error:
@@ -258,7 +262,7 @@ def _measured(
 
 def _ask_teachers(session: Session, capability: str, rows: Sequence[Record]) -> None:
     source = session.config.data_of(capability)
-    for teacher in session.config.teachers_of(capability):
+    for teacher in session.answering_teachers(capability):
         key = ("tax", teacher.id, capability)
         session.pool.submit(key, teacher.id, "tax", tuple(rows), source.max_new_tokens, source.snr_db)
 
@@ -272,7 +276,7 @@ def _best_teacher(
 ) -> tuple[str, Any]:
     """The capability's teacher with the highest NF4 score, and its right answers; adds every teacher's tax to `taxes`."""
     best: tuple[str, Any] | None = None
-    for teacher in session.config.teachers_of(source.capability):
+    for teacher in session.answering_teachers(source.capability):
         tax = measured[(teacher.id, source.capability)]
         report = session.load_reports[teacher.id]
         nf4_correct = score_answers(tax.nf4_answers, gold, source.answer)
@@ -287,7 +291,7 @@ def _best_teacher(
         )
         if best is None or nf4_correct.mean() > best[1].mean():
             best = (teacher.id, nf4_correct)
-    assert best is not None, "the configuration refuses a capability without a teacher"
+    assert best is not None, "a capability without a teacher that answers is refused before training"
     return best
 
 

@@ -24,6 +24,7 @@ from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherAnswer, TeacherWork
+    from actors.places import PlannedPlaces
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
     from nexus.towers.registry import TeacherSpec
@@ -93,6 +94,7 @@ class Session:
         self._cluster: ClusterSession | None = None
         self._pool: TeacherPool | None = None
         self._reports: dict[str, LoadReport] = {}
+        self._places: PlannedPlaces | None = None
         self._student: Any = None
         self._signum: int | None = None
 
@@ -170,21 +172,26 @@ class Session:
         """The teachers, loaded."""
         if self._pool is None:
             self.cluster  # noqa: B018  # connects
-            from actors.pool import TeacherPool
+            from actors.pool import TeacherPool, sleep_of
 
             specs = self.specs
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
+            planned = self.planned_places
+            if planned is not None:
+                replicas = {spec.id: len(planned.options[spec.id]) for spec in specs}
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
                 replicas=replicas,
                 torch_threads=self.config.cluster.torch_threads,
-                num_gpus=self.gpu_share(sum(replicas.values()) + 1),
+                num_gpus=0.0 if planned else self.gpu_share(sum(replicas.values()) + 1),
+                places=None if planned is None else planned.options,
                 window=self.config.distill.window,
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,
                 load_timeout_s=LOAD_TIMEOUT_S,
                 check=self.check_signals,
+                sleep=sleep_of(self.config) if planned is None else planned.sleep,
             )
             for report in self._reports.values():
                 self.reporter.line(
@@ -196,10 +203,32 @@ class Session:
         return self._pool
 
     @property
+    def planned_places(self) -> PlannedPlaces | None:
+        """Where the plan puts teachers and students, reserved; None where the GPUs are shared evenly, or there is none."""
+        if self.config.cluster.placement == "even":
+            return None
+        if self._places is None:
+            self.cluster  # noqa: B018  # connects
+            from actors.places import plan_places
+
+            self._places = plan_places(self.config, self.specs)
+            self.reporter.line(self._places.description)
+        return self._places
+
+    @property
     def load_reports(self) -> dict[str, LoadReport]:
         """What each teacher said after loading."""
         self.pool  # noqa: B018  # loads
         return self._reports
+
+    def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
+        """The teachers of `capability` that answer in text: language models, and encoders with label texts."""
+        roles, reports = self.roles, self.load_reports
+        return tuple(
+            teacher
+            for teacher in self.config.teachers_of(capability)
+            if roles[teacher.id] == "causal_lm" or reports[teacher.id].label_texts is not None
+        )
 
     @property
     def fingerprints(self) -> dict[str, str]:

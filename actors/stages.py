@@ -7,7 +7,7 @@ cut short has no record and continues. `run_stages` brings a run up to a stage, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,21 +192,22 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
                 capability=source.capability,
                 paths=_paths(source.pool),
                 skip_rows=writer.rows,
-                max_rows=None,
+                max_rows=None if settings.max_rows is None else max(0, settings.max_rows - writer.rows),
                 method="answer",
                 arguments=(source.max_new_tokens, None),
                 batch_size=settings.batch_size,
             )
         )
-    if works:
-        done = 0
-        for answer in session.stream(works, "nexus extract"):
+    done = 0
+    for wave in _waves(works, config.cluster.resident_teachers):
+        for answer in session.stream([works[index] for index in wave], "nexus extract"):
+            index = wave[answer.work]
             if answer.records:
-                writers[answer.work].write(answer.records, answer.result)
+                writers[index].write(answer.records, answer.result)
             done += len(answer.records)
-            session.reporter.progress("extract", done, None, works[answer.work].teacher)
-        for writer in writers:
-            writer.finish()
+            session.reporter.progress("extract", done, None, works[index].teacher)
+        for index in wave:
+            writers[index].finish()
     outputs: list[Path] = []
     summary: Summary = {}
     for teacher, source in _language_assignments(session):
@@ -215,6 +216,15 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
         outputs += files
         summary[f"{teacher}/{source.capability}"] = f"{TargetWriter.rows_of(folder, source.capability)} rows"
     return outputs, summary
+
+
+def _waves(works: Sequence[TeacherWork], residents: int | None) -> Iterator[list[int]]:
+    """Indices of the works whose teachers are awake together, wave by wave: each teacher is woken once."""
+    teachers = list(dict.fromkeys(work.teacher for work in works))
+    size = residents or len(works)
+    for start in range(0, len(teachers), max(1, size)):
+        wave = teachers[start : start + size]
+        yield [index for index, work in enumerate(works) if work.teacher in wave]
 
 
 def _language_assignments(session: Session) -> list[tuple[str, DataConfig]]:
@@ -235,9 +245,11 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     """Train the student from its teachers and, beside it, the same student from the labelled rows alone."""
     import ray
 
+    from actors.pool import sleep_of
     from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
+    from nexus.training.objective import check_answered
     from nexus.training.setup import save_tokenizer
 
     config = session.config
@@ -248,12 +260,16 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         for teacher in config.teachers
     }
     facts = _teacher_facts(session, profiles)
+    check_answered(
+        facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
+    )
     write_artifact(session.run.path / FACTS_FILE, TeacherFactsFile.from_facts(facts))
     save_tokenizer(session.checkpoint_of(config.student.tokenizer), session.run.path)
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
-    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    planned = session.planned_places
+    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(
@@ -263,8 +279,10 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share}
+        options = session.actor_options(f"trainer:{student}")
+        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}

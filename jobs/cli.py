@@ -218,6 +218,16 @@ def profile(
             "--resume/--fresh", help="Continue with what an unfinished command has measured, or measure anew."
         ),
     ] = True,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            metavar="DIR",
+            help="Profile this exported student instead, on the same rows; the run's report lays it beside its teachers.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Find the layers of each teacher that carry its capability.
 
@@ -226,6 +236,24 @@ def profile(
     settings = {"batch_size": batch_size, "max_samples": max_samples, "budget_seconds": budget_seconds}
     extra = [f"profile.{key}={value}" for key, value in settings.items() if value is not None]
     options = RunOptions(config, out, (*(overrides or ()), *extra), cluster, dashboard, as_json, models_dir)
+    if bundle is not None:
+        unused = {
+            "--cluster": cluster != "auto",
+            "--dashboard": dashboard,
+            "--models-dir": models_dir is not None,
+            "--budget-seconds": budget_seconds is not None,
+            "--teachers": teachers is not None,
+            "--fresh": not resume,
+        }
+        for name, is_given in unused.items():
+            if is_given:
+                raise UserError(
+                    f"Expected --bundle without {name}, which has no effect on a student alone, found both. Leave one out."
+                )
+        from jobs.structure import profile_bundle
+
+        profile_bundle(options, bundle)
+        return
     chosen = None if teachers is None else tuple(name.strip() for name in teachers.split(",") if name.strip())
     if chosen == ():
         raise UserError(f"Expected --teachers ID,ID, found {teachers!r}. Name at least one, or leave it out for all.")
@@ -417,7 +445,10 @@ def plan(
     models_dir: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where each teacher would live and what that costs; starts nothing."""
+    """Say where each teacher would live, at what cost.
+
+    Starts nothing: sizes come from the headers of checkpoints on this machine, else from the registry.
+    """
     from jobs.execute import load_run_config
     from jobs.plan import plan_document, plan_run, render_plan
 
@@ -522,6 +553,14 @@ def teachers_check(
         str | None, typer.Option("--teachers", metavar="ID,ID", help="Only these. Default: all.", show_default=False)
     ] = None,
     models_dir: ModelsOption = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --tiny: leave the tiny checkpoints in DIR, for a run with --models-dir DIR.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
     ] = False,
@@ -534,8 +573,10 @@ def teachers_check(
 
     if tiny and models_dir is not None:
         raise UserError("Expected --models-dir without --tiny, which reads no checkpoints, found both. Leave one out.")
+    if keep is not None and not tiny:
+        raise UserError("Expected --keep beside --tiny, which builds the checkpoints, found it alone. Add --tiny.")
     rows = []
-    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir):
+    for row in check_rows(teachers, tiny=tiny, models_dir=models_dir, keep=keep):
         rows.append(row)
         if not as_json:
             typer.echo(render_check(row))

@@ -21,7 +21,7 @@ from nexus.errors import NexusError, UserError
 if TYPE_CHECKING:
     from typer.exceptions import TyperException
 
-    from nexus.artifacts import StageRecord
+    from nexus.artifacts import Metrics, StageRecord
 
 logger = logging.getLogger(__name__)
 
@@ -263,9 +263,25 @@ def _print_result(
         from nexus.assembly.report import render_table
 
         print(render_table(metrics), end="")
+        print(_shares(metrics))
         print(f"report: {out / 'report.html'}")
         print(f"bundle: {out / 'bundle'}")
     print(f"{last}: complete in {seconds:.1f} s")
+
+
+def _shares(metrics: Metrics) -> str:
+    """Who taught how much, in one line."""
+    tokens = metrics.teacher_tokens
+    taught = {teacher: count for teacher, count in tokens.items() if count}
+    starved = [teacher for teacher in tokens if teacher not in taught]
+    whole = sum(taught.values())
+    shares = (
+        f", each with {min(taught.values()) / whole:.1%} to {max(taught.values()) / whole:.1%} of them"
+        if taught
+        else ""
+    )
+    hungry = f"; starved: {', '.join(starved)}" if starved else ""
+    return f"teachers: {len(taught)} of {len(tokens)} taught {whole:,} tokens{shares}{hungry}"
 
 
 def _complain(text: str, code: int, *, as_json: bool) -> None:

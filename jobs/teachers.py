@@ -70,8 +70,8 @@ def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iter
         yield entry.id, pull_teacher(entry, models_dir=models_dir)
 
 
-def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None) -> Iterator[CheckRow]:
-    """Try teachers, given as ids between commas or None for all.
+def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None, keep: Path | None) -> Iterator[CheckRow]:
+    """Try teachers, given as ids between commas or None for all; tiny ones are left in `keep`.
 
     Raises:
         TowerLoadError: an unknown id.
@@ -80,7 +80,7 @@ def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None) -> 
 
     quiet_libraries()
     ids = tuple(name for name in (teachers or "").split(",") if name)
-    yield from check_teachers(load_registry(), ids, tiny=tiny, models_dir=models_dir)
+    yield from check_teachers(load_registry(), ids, tiny=tiny, models_dir=models_dir, keep=keep)
 
 
 def quiet_libraries() -> None:

@@ -141,9 +141,8 @@ class NIWTProfile(StrictModel):
     """Which part of the teacher the layers are of."""
     path: str | None = None
     """Dotted path of the profiled blocks inside the teacher's model."""
-    encoder: NIWTProfile | None = None
-    """Of an encoder-decoder, the profile of its encoder's layers on the same samples: what they are worth to the text. The layers
-    above are then its decoder's."""
+    other_side: NIWTProfile | None = None
+    """Of an encoder-decoder, the profile of its other side's layers on the same samples."""
 
 
 # --- metrics.json -------------------------------------------------------------------------------------------------------------
@@ -238,6 +237,8 @@ class Metrics(StrictModel):
     """Of each teacher that targets came from."""
     student_parameters: int
     teacher_parameters: dict[str, int]
+    teacher_tokens: dict[str, int] = {}
+    """Tokens that the student learned from each teacher, over the whole training; 0 for a starved one."""
     seed: int
 
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -161,6 +162,20 @@ class EventLog:
         with self._path.open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
 
+    def taught_tokens(self, student: str) -> dict[str, int]:
+        """Tokens of each teacher in the steps of `student`; teachers that no step names are left out."""
+        tokens: Counter[str] = Counter()
+        if self._path.is_file():
+            with self._path.open() as lines:
+                for line in lines:
+                    try:
+                        event = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # half a line of a killed process
+                    if event.get("student") == student and event["kind"] == "step":
+                        tokens.update(event.get("tokens", {}))
+        return dict(tokens)
+
     def truncate_steps(self, student: str, step: int) -> None:
         """Drop the step events of `student` at or after `step`: a resumed run trains them again."""
         if not self._path.is_file():
@@ -193,3 +208,8 @@ def _differences(old: Any, new: Any, place: str) -> list[tuple[str, Any, Any]]:
             for item in _differences(*pair, f"{place}.{index}")
         ]
     return [] if old == new else [(place, old, new)]
+
+
+def student_profile_path(run_dir: Path, capability: str) -> Path:
+    """Where the profile of the finished student on one capability is kept."""
+    return run_dir / "student_profile" / f"{capability}.json"

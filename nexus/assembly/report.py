@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ from nexus.config import DataConfig, RunConfig, dump_config, load_config
 from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
+from nexus.run import student_profile_path
 
 TEMPLATE = "report.html.jinja"
 TABLE_HEADER = (
@@ -109,6 +110,8 @@ class ReportData:
     samples: Sequence[SampleRow]
     finished: datetime
     """When the metrics were written."""
+    student_profiles: Mapping[str, NIWTProfile] = field(default_factory=dict)
+    """Capability -> profile of the finished student; empty unless `nexus profile --bundle` measured it."""
     version: str = nexus.__version__
 
 
@@ -134,13 +137,19 @@ def load_report_data(run_dir: Path) -> ReportData:
         raise ArtifactError(
             f"Expected {metrics_path}, found no such file. Run `nexus evaluate` (or `nexus pipeline`, which continues)."
         )
+    config = load_config(config_path)
     return ReportData(
-        config=load_config(config_path),
+        config=config,
         metrics=read_artifact(metrics_path, Metrics),
         profiles=tuple(read_artifact(path, NIWTProfile) for path in sorted((run_dir / "profile").glob("*.json"))),
         events=tuple(_read_events(run_dir / "events.jsonl")),
         samples=read_artifact(samples_path, Samples).rows if samples_path.is_file() else (),
         finished=datetime.fromtimestamp(metrics_path.stat().st_mtime, tz=timezone.utc),
+        student_profiles={
+            source.capability: read_artifact(path, NIWTProfile)
+            for source in config.data
+            if (path := student_profile_path(run_dir, source.capability)).is_file()
+        },
     )
 
 
@@ -158,7 +167,8 @@ def write_report(data: ReportData, path: Path) -> None:
         retention=_retention_rows(data.metrics),
         axis=_retention_axis(data.metrics),
         training=_training(data),
-        profiles=[_heat_row(profile) for profile in data.profiles],
+        profiles=[_heat_row(profile, data.config) for profile in data.profiles],
+        comparisons=list(_comparisons(data)),
         max_layers=max((profile.num_layers for profile in data.profiles), default=0),
         router=None if data.metrics.router is None else _confusion(data.metrics.router),
         stages=_stage_rows(data.metrics),
@@ -258,6 +268,29 @@ class _Training:
     curves: tuple[_TeacherCurve, ...]
     counts: tuple[tuple[str, str, int], ...]
     """(kind, words, how often) of the marked events that occurred."""
+    conflicts: _Conflicts | None
+    """None where no surgery was made."""
+
+
+@dataclass(frozen=True)
+class _ConflictCell:
+    cosine: float
+    """Mean over the surgeries in which both teachers took part."""
+    share: float
+    """Of those surgeries, that found it below 0."""
+    heat: float
+    """0..1, the share of the largest magnitude off the diagonal."""
+
+
+@dataclass(frozen=True)
+class _Conflicts:
+    """How the teachers' gradients stood to each other; `rows` has None on the diagonal and for teachers that never met."""
+
+    teachers: tuple[str, ...]
+    rows: tuple[tuple[_ConflictCell | None, ...], ...]
+    num_surgeries: int
+    num_with_conflict: int
+    num_stationary: int
 
 
 @dataclass(frozen=True)
@@ -280,8 +313,21 @@ class _CapabilityRow:
 @dataclass(frozen=True)
 class _HeatRow:
     profile: NIWTProfile
+    covers: tuple[str, ...]
+    """Capabilities whose rows it was measured on."""
     cells: tuple[_HeatCell, ...]
     capabilities: tuple[_CapabilityRow, ...]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One teacher's layers beside the student's, on the rows of one capability."""
+
+    capability: str
+    teacher: NIWTProfile
+    student: NIWTProfile
+    chart: charts.DepthChart
+    """The teacher's curve first."""
 
 
 @dataclass(frozen=True)
@@ -419,6 +465,7 @@ def _training(data: ReportData) -> _Training | None:
     points: dict[str, list[tuple[int, float]]] = {teacher.id: [] for teacher in data.config.teachers}
     marks: list[tuple[int, str, str]] = []
     last_step, seen = 0, set()
+    surgeries: list[Mapping[str, object]] = []
     for event in data.events:
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
@@ -430,6 +477,9 @@ def _training(data: ReportData) -> _Training | None:
             for teacher, loss in (losses if isinstance(losses, Mapping) else {}).items():
                 if isinstance(loss, (int, float)):
                     points.setdefault(str(teacher), []).append((step, float(loss)))
+            found = event.get("surgery")
+            if isinstance(found, Mapping):
+                surgeries.append(found)
         elif kind in MARKED_EVENTS:
             marks.append((step, str(kind), f"step {step:,}: {MARKED_EVENTS[str(kind)]}"))
     if not seen:
@@ -439,14 +489,47 @@ def _training(data: ReportData) -> _Training | None:
         num_steps=len(seen),
         curves=tuple(_TeacherCurve(teacher, charts.curve(points[teacher], marks, last_step)) for teacher in points),
         counts=tuple(count for count in counts if count[2]),
+        conflicts=_conflicts(surgeries),
     )
 
 
-def _heat_row(profile: NIWTProfile) -> _HeatRow:
+def _conflicts(surgeries: Sequence[Mapping[str, object]]) -> _Conflicts | None:
+    """The conflict matrix of a run's surgeries, as `actors.trainer` writes them into the events of their steps."""
+    cosines: dict[tuple[str, str], list[float]] = {}
+    teachers: set[str] = set()
+    for surgery in surgeries:
+        matrix = surgery.get("cosines")
+        for one, row in (matrix if isinstance(matrix, Mapping) else {}).items():
+            teachers.add(one)
+            for other, cosine in row.items():
+                if other != one:
+                    cosines.setdefault((one, other), []).append(float(cosine))
+    if not teachers:
+        return None
+    means = {pair: sum(values) / len(values) for pair, values in cosines.items()}
+    largest = max((abs(mean) for mean in means.values()), default=0.0) or 1.0
+    cells = {
+        pair: _ConflictCell(
+            mean, sum(c < 0.0 for c in cosines[pair]) / len(cosines[pair]), round(abs(mean) / largest, 3)
+        )
+        for pair, mean in means.items()
+    }
+    names = tuple(sorted(teachers))
+    return _Conflicts(
+        teachers=names,
+        rows=tuple(tuple(cells.get((one, other)) for other in names) for one in names),
+        num_surgeries=len(surgeries),
+        num_with_conflict=sum(bool(surgery.get("conflicts")) for surgery in surgeries),
+        num_stationary=sum(bool(surgery.get("pareto_stationary")) for surgery in surgeries),
+    )
+
+
+def _heat_row(profile: NIWTProfile, config: RunConfig) -> _HeatRow:
     heats = _heats(profile.layers)
     weights = {layer.layer: layer.weight for layer in profile.critical_layers}
     return _HeatRow(
         profile=profile,
+        covers=next((teacher.capabilities for teacher in config.teachers if teacher.id == profile.teacher), ()),
         cells=tuple(
             _HeatCell(layer=layer, heat=heat, critical_weight=weights.get(layer.layer))
             for layer, heat in zip(profile.layers, heats, strict=True)
@@ -456,6 +539,22 @@ def _heat_row(profile: NIWTProfile) -> _HeatRow:
             for capability, effects in profile.capabilities.items()
         ),
     )
+
+
+def _comparisons(data: ReportData) -> Iterator[_Comparison]:
+    """The student beside every teacher of each capability that it was profiled on."""
+    for capability, student in data.student_profiles.items():
+        taught = {teacher.id for teacher in data.config.teachers_of(capability)}
+        for teacher in data.profiles:
+            if teacher.teacher in taught:
+                layers = teacher.capabilities.get(capability, teacher.layers)
+                models = (layers, student.layers)
+                yield _Comparison(
+                    capability=capability,
+                    teacher=teacher,
+                    student=student,
+                    chart=charts.depth_chart([[(layer.delta_nll, *layer.ci95) for layer in model] for model in models]),
+                )
 
 
 def _heats(layers: Sequence[LayerProfile] | Sequence[LayerEffect]) -> list[float]:

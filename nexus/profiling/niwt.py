@@ -9,6 +9,7 @@ V = L+1 variants (the clean one first), N scored tokens, D width.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,15 +38,25 @@ from nexus.profiling.consolidation import (
     plan_confirmation,
     write_tensors,
 )
+from nexus.profiling.cost import (
+    CPU_TOKENS,
+    MACHINES,
+    DecodeStrategy,
+    Machine,
+    SweepStrategy,
+    Work,
+    cheapest,
+    decode_seconds,
+    sweep_seconds,
+)
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
-from nexus.profiling.inputs import ModelInputs, counts_from_the_left, encoding_part, left_aligned, model_inputs
+from nexus.profiling.inputs import ModelInputs, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
-from nexus.profiling.layers import find_blocks, find_stacks, undisturbed
+from nexus.profiling.layers import BlockStack, Side, find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
     Intervention,
     Observer,
     OutputReader,
-    SweepStrategy,
     TokenReader,
     kl_divergence,
     scorable_targets,
@@ -56,6 +67,7 @@ from nexus.profiling.perturbation import (
 )
 from nexus.profiling.probe import ProbeStatistics
 from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
+from nexus.profiling.scales import plain_scales
 from nexus.profiling.spectral import Comoment
 
 __all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
@@ -68,10 +80,6 @@ Part = TypeVar("Part")
 # What the live rows of one micro-batch may take when its size is not given: hidden states, scored logits, cached keys and values.
 # A block's own intermediates come on top (about six times its hidden states in a usual MLP).
 _WORKSPACE_BYTES = {"cpu": 2**29, "accelerator": 2**34}
-
-# Tokens of all live rows together that keep a CPU busy in one forward of a block; more of them only take memory and fall out of its
-# caches.
-_CPU_TOKENS = 4096
 
 # Is shown the index of a block and the clean inputs and outputs [N, D] of its real tokens.
 StatesObserver = Callable[[int, Tensor, Tensor], None]
@@ -91,9 +99,9 @@ class NIWTProfiler:
             decoder's; what its encoder reads is given as `inputs`.
         layers: the block list, its dotted path, or None to find it (`nexus.profiling.layers.find_blocks`). Where an encoder-decoder's
             are found, profiles tell of its encoder's blocks too, apart (`find_stacks`).
-        strategy: "auto", or one that gives equal results at another cost. Scoring: "brute", "prefix" or "triangular";
-            generation: "brute" or "stacked". A strategy of the other kind stands for its nearest relative: "stacked" scores
-            triangularly, "prefix" and "triangular" generate stacked.
+        strategy: "auto" (the cheapest by `nexus.profiling.cost`), or one that gives equal results at another cost. Scoring: "brute",
+            "prefix" or "triangular"; generation: "brute" or "stacked". A strategy of the other kind stands for its nearest
+            relative: "stacked" scores triangularly, "prefix" and "triangular" generate stacked.
         micro_batch_size: samples per forward; None chooses.
 
     Raises:
@@ -115,7 +123,7 @@ class NIWTProfiler:
         self.model = model
         stacks = find_stacks(model) if layers is None else (find_blocks(model, layers),)
         self.stack = stacks[0]
-        self._encoder = (
+        self._other_side = (
             NIWTProfiler(model, layers=stacks[1].path, strategy=strategy, micro_batch_size=micro_batch_size)
             if len(stacks) > 1
             else None
@@ -124,8 +132,35 @@ class NIWTProfiler:
         self.micro_batch_size = micro_batch_size
         # Set when memory ran out.
         self._fitting_size: int | None = None
-        # Unset when a model turned out to keep its past in another way.
-        self._stacks_generations = True
+        # Unset when a model turned out not to take stacked rows.
+        self._stacks = {"scoring": True, "decoding": True}
+
+    @classmethod
+    def of_both_sides(
+        cls,
+        model: PreTrainedModel,
+        *,
+        first: Side,
+        strategy: Strategy = "auto",
+        micro_batch_size: int | None = None,
+    ) -> NIWTProfiler:
+        """Return the profiler of an encoder-decoder whose profiles tell of both sides, of the side `first` in front.
+
+        Raises:
+            ProfilingError: the model has one side.
+        """
+        paths = {stack.side: stack.path for stack in find_stacks(model)}
+        if len(paths) < 2:
+            raise ProfilingError(
+                f"Expected blocks in an encoder and in a decoder of {type(model).__name__}, found one side."
+            )
+        profilers = {
+            side: cls(model, layers=path, strategy=strategy, micro_batch_size=micro_batch_size)
+            for side, path in paths.items()
+        }
+        profiler = profilers.pop(first)
+        profiler._other_side = profilers.popitem()[1]
+        return profiler
 
     def ablated_generations(
         self,
@@ -165,32 +200,42 @@ class NIWTProfiler:
                 "delta_nll, which takes media."
             )
         beside = _beside(inputs, len(input_ids_BT))
-        is_brute = self._sweep_strategy(is_text=True) == "brute" or not self._stacks_generations
         stop = stop_tokens(self.model)
-        prompt_length = input_ids_BT.shape[1]
-        size = self._text_batch_size(
-            num_variants=1 if is_brute else len(self.stack) + 1,
-            num_columns=prompt_length,
-            num_logits=1,
-            num_cached=prompt_length + max_new_tokens,
-            num_heard=self._num_heard(beside),
+        batch_size, prompt_length = input_ids_BT.shape
+        strategies: tuple[DecodeStrategy, ...] = ("stacked", "brute") if self.strategy == "auto" else ("stacked",)
+        if self._sweep_strategies(is_text=True) == ("brute",) or not self._stacks["decoding"]:
+            strategies = ("brute",)
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=1 if strategy == "brute" else len(self.stack) + 1,
+                num_columns=prompt_length,
+                num_logits=1,
+                num_cached=prompt_length + max_new_tokens,
+                num_heard=self._num_heard(beside),
+            )
+            for strategy in strategies
+        }
+        work = self._work(batch_size, prompt_length)
+        chosen = cheapest(
+            {name: decode_seconds(self._machine, work, name, max_new_tokens, size) for name, size in sizes.items()}
         )
 
         def run(_: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT = _without_padding(part[:2])
             prompts = self._model_inputs(ids_BT, mask_BT, dict(zip(beside, part[2:], strict=True)))
-            if not is_brute and self._stacks_generations:
-                try:
-                    return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
-                except NotStackableError as error:
-                    if self.strategy != "auto":
-                        raise
-                    self._stacks_generations = False
-                    logger.warning("%s Going on with one decode per ablation.", error)
-            return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
 
-        with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, *beside.values()], run)
+            def brute() -> Tensor:
+                return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            def stacked() -> Tensor:
+                return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            if chosen == "brute":
+                return brute()
+            return self._stacked_or("decoding", stacked, brute, "one decode per ablation")
+
+        with undisturbed(self.model), plain_scales(self.model):
+            parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
     def delta_nll(
@@ -250,13 +295,13 @@ class NIWTProfiler:
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.measure(batch)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.measure(batch)
         statistics = _LayerStatistics()
         scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
             metric=scores.metric,
-            strategy=self._strategy_for(batch),
+            strategy=scores.strategy,
             sample_ids=sample_ids,
             token_counts_B=scores.counts_B.numpy(),
             clean_nll_B=_numpy(scores.clean_nll_B),
@@ -270,7 +315,9 @@ class NIWTProfiler:
             probe=_probe_statistics(batch, scores),
             side=self.stack.side,
             path=self.stack.path,
-            encoder=None if self._encoder is None else self._encoder.measure(batch),
+            other_side=None
+            if self._other_side is None or isinstance(batch, EncoderProfileBatch)
+            else self._other_side.measure(batch),
         )
 
     def confirm(self, batch: ProfileBatch | EncoderProfileBatch, plan: ConfirmationPlan) -> ConfirmationMeasurement:
@@ -279,8 +326,8 @@ class NIWTProfiler:
         Raises:
             ProfilingError: as `delta_nll_per_sample`, naming samples.
         """
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.confirm(batch, plan)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.confirm(batch, plan)
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         num_layers = len(self.stack)
         # Only the probe needs to see the layers skipped once more.
@@ -320,9 +367,9 @@ class NIWTProfiler:
             reconstruction=effects(2 * num_layers, len(plan.critical_layers)),
             probe_correct_VB=probe_correct_VB,
             generated_correct_VB=None,
-            encoder=None
-            if self._encoder is None or plan.encoder is None
-            else self._encoder.confirm(batch, plan.encoder),
+            other_side=None
+            if self._other_side is None or plan.other_side is None
+            else self._other_side.confirm(batch, plan.other_side),
         )
 
     def profile(
@@ -423,40 +470,61 @@ class NIWTProfiler:
         with_kl: bool = False,
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=True, has_media=bool(beside))
-        num_interventions = len(self.stack) if interventions is None else len(interventions(slice(0, 0), None))
-        size = self._text_batch_size(
-            num_variants=num_interventions + 1 if strategy == "triangular" else 1,
-            num_columns=input_ids_BT.shape[1],
-            num_logits=int(targets_BT.sum(dim=1).max()),
-            num_cached=0,
-            num_heard=self._num_heard(beside),
+        swept = skip_each(self.stack) if interventions is None else interventions(slice(0, 0), None)
+        born_L = [sum(each.layer == layer for each in swept) for layer in range(len(self.stack))]
+        num_scored = int(targets_BT.sum(dim=1).max())
+        sizes = {
+            strategy: self._text_batch_size(
+                num_variants=len(swept) + 1 if strategy == "triangular" else 1,
+                num_columns=input_ids_BT.shape[1],
+                num_logits=num_scored,
+                num_cached=0,
+                num_heard=self._num_heard(beside),
+                num_kept=len(self.stack) if strategy == "prefix" else 0,
+            )
+            for strategy in self._sweep_strategies(is_text=True, has_media=bool(beside))
+        }
+        work = self._work(len(input_ids_BT), input_ids_BT.shape[1])
+        chosen = cheapest(
+            {name: sweep_seconds(self._machine, work, name, born_L, size) for name, size in sizes.items()}
         )
 
         def run(rows: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT, chosen_BT = _without_padding(part[:3])
             own = dict(zip(beside, part[3:], strict=True))
-            if counts_from_the_left(self.model):
-                ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
+            # Causal models never see what follows, but not all of them can be told to leave out what came before.
+            ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = TokenReader(self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl)
+            inputs = self._model_inputs(ids_BT, mask_BT, own)
             # Of what the blocks see: an encoder's own mask where it has one.
             seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
-            if interventions is None:
+
+            def swept(strategy: SweepStrategy) -> Tensor:
+                read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+                if interventions is not None:
+                    return sweep(self.stack, read, strategy, interventions(rows, seen_BT))
                 with _observed(statistics) as observe:
-                    readings_VNC = sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
-            else:
-                readings_VNC = sweep(self.stack, read, strategy, interventions(rows, seen_BT))
+                    return sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
+
+            readings_VNC = (
+                self._stacked_or("scoring", lambda: swept("triangular"), lambda: swept("prefix"), "strategy prefix")
+                if chosen == "triangular"
+                else swept(chosen)
+            )
             # Without the logits, which only show whether anything changed.
             summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
             return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run)
+            parts = self._in_micro_batches(
+                sizes[chosen], [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run
+            )
         nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores(
             metric="delta_nll",
+            # As it went, where stacking was tried in vain.
+            strategy="prefix" if chosen == "triangular" and not self._stacks["scoring"] else chosen,
             counts_B=counts_B,
             delta_LB=nll_VB[1:] - nll_VB[:1],
             clean_nll_B=nll_VB[0],
@@ -471,7 +539,7 @@ class NIWTProfiler:
         interventions: InterventionsOf | None,
     ) -> _Scores:
         """Sweep all micro-batches of an encoder's inputs. Without interventions each block is skipped."""
-        strategy = self._sweep_strategy(is_text=False)
+        (strategy,) = self._sweep_strategies(is_text=False)
         model = encoding_part(self.model)
         size = self.micro_batch_size or batch.num_rows
 
@@ -491,18 +559,18 @@ class NIWTProfiler:
         readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
         embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
         if num_classes:
-            return _label_scores(readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
-        return _embedding_scores(readings_VBC)
+            return _label_scores(strategy, readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
+        return _embedding_scores(strategy, readings_VBC)
 
     @property
     def _ablates_encoder(self) -> bool:
         """Whether a decoder follows the blocks."""
         return self.stack.side == "encoder" and self.model.config.is_encoder_decoder
 
-    def _model_inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]) -> ModelInputs:
-        return model_inputs(
-            self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder
-        )
+    def _model_inputs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, beside: Mapping[str, Tensor]
+    ) -> ModelInputs:
+        return model_inputs(self.model, input_ids_BT, attention_mask_BT, beside, ablates_encoder=self._ablates_encoder)
 
     def _num_heard(self, beside: Mapping[str, Tensor]) -> int:
         """Return the positions of an encoder-decoder's encoder, or more; 0 for other models."""
@@ -511,41 +579,88 @@ class NIWTProfiler:
         longest = max(max(tensor.shape[1:], default=0) for tensor in beside.values())
         return min(longest, getattr(self.model.config, "max_source_positions", longest))
 
-    def _strategy_for(self, batch: ProfileBatch | EncoderProfileBatch) -> SweepStrategy:
-        is_text = isinstance(batch, ProfileBatch)
-        return self._sweep_strategy(is_text=is_text, has_media=is_text and bool(batch.inputs))
+    def _stacked_or(
+        self, what: Literal["scoring", "decoding"], stacked: Callable[[], Part], apart: Callable[[], Part], other: str
+    ) -> Part:
+        """Return what `stacked` gives, or under "auto" what `apart` gives, as slow as exact, of a model that does not take stacked
+        rows; a model that is broken fails again there."""
+        if self._stacks[what]:
+            try:
+                return stacked()
+            except (RuntimeError, IndexError, ValueError) as error:
+                is_ours = isinstance(error, ProfilingError) and not isinstance(error, NotStackableError)
+                if self.strategy != "auto" or is_ours or _is_out_of_memory(error):
+                    raise
+                failure = f"{type(error).__name__} {error}".splitlines()[0]
+            self._stacks[what] = False
+            logger.warning(
+                "Ablations of %s cannot be stacked (%s); going on with %s.", type(self.model).__name__, failure, other
+            )
+        return apart()
 
-    def _sweep_strategy(self, *, is_text: bool, has_media: bool = False) -> SweepStrategy:
-        """Return how scoring sweeps, given what was asked for and what the model allows."""
+    def _sweep_strategies(self, *, is_text: bool, has_media: bool = False) -> tuple[SweepStrategy, ...]:
+        """Return how scoring may sweep, given what was asked for and what the model allows."""
         config = self.model.config.get_text_config()
         if self.strategy == "brute" or getattr(config, "num_kv_shared_layers", None):
             # Blocks that reuse another block's keys and values need all blocks to run, on the same rows.
-            return "brute"
-        if not is_text or self.strategy == "prefix" or (has_media and not self.model.config.is_encoder_decoder):
+            return ("brute",)
+        has_unstacked_media = has_media and not self.model.config.is_encoder_decoder
+        if not is_text or self.strategy == "prefix" or has_unstacked_media or not self._stacks["scoring"]:
             # What follows an encoder's blocks, or puts media between a decoder's, may know the batch size: ablations are not
             # stacked there.
-            return "prefix"
-        return "triangular"
+            return ("prefix",)
+        if self.strategy != "auto" or self.model.config.is_encoder_decoder:
+            # Prefix has no advantage where the encoder, and cross-attention's keys and values, are computed once for all.
+            return ("triangular",)
+        return ("triangular", "prefix")
+
+    @property
+    def _machine(self) -> Machine:
+        return MACHINES["cpu" if self.model.device.type == "cpu" else "accelerator"]
+
+    def _work(self, num_rows: int, num_columns: int) -> Work:
+        block = self.stack.blocks[0]
+        stored = [*block.parameters(), *block.buffers()]
+        # 4-bit weights lie in pairs in bytes.
+        is_packed = [tensor.dtype == torch.uint8 for tensor in stored]
+        return Work(
+            num_layers=len(self.stack),
+            layer_parameters=sum(
+                tensor.numel() * (2 if packed else 1) for tensor, packed in zip(stored, is_packed, strict=True)
+            ),
+            is_quantised=any(is_packed),
+            num_rows=num_rows,
+            num_columns=num_columns,
+        )
 
     def _text_batch_size(
-        self, *, num_variants: int, num_columns: int, num_logits: int, num_cached: int, num_heard: int
+        self,
+        *,
+        num_variants: int,
+        num_columns: int,
+        num_logits: int,
+        num_cached: int,
+        num_heard: int,
+        num_kept: int = 0,
     ) -> int:
-        """Return how many samples of text to run at once, so that their live rows (`num_variants` each) fit the workspace."""
+        """Return how many samples of text to run at once, so that their live rows (`num_variants` each, and the states of
+        `num_kept` more) fit the workspace."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
-        # Keys and values are at most as wide as the hidden states. Those of cross-attention are kept once per sample, and copied for
-        # the rows of one block at a time; where the encoder is ablated each row has its own.
-        states = num_columns + 2 * len(self.stack) * num_cached + 3 * num_heard
+        # Keys and values of cross-attention are kept once per sample, and copied for the rows of one block at a time; where the
+        # encoder is ablated each row has its own.
+        states = num_columns * (1 + num_kept) + 3 * num_heard
         if num_heard:
             num_columns = num_columns if self.stack.side == "decoder" else num_heard
             num_shares = num_variants if self.stack.side == "decoder" or num_cached == 0 else 1
             states += 2 * len(self.stack) * num_heard // num_shares
-        values = states * config.hidden_size + num_logits * config.vocab_size
+        cached = 2 * len(self.stack) * num_cached * _cached_width(self.stack, config.hidden_size)
+        values = states * config.hidden_size + cached + num_logits * config.vocab_size
         device = "cpu" if self.model.device.type == "cpu" else "accelerator"
         size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
         if device == "cpu" and num_cached == 0:
-            size = min(size, _CPU_TOKENS // (num_variants * num_columns))
+            size = min(size, CPU_TOKENS // (num_variants * (1 + num_kept) * num_columns))
         return max(1, size)
 
     def _in_micro_batches(
@@ -562,6 +677,8 @@ class NIWTProfiler:
         """
         results: list[Part] = []
         start = 0
+        # Evenly: a last micro-batch of one row costs as many calls as a full one.
+        size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / size))
         while start < len(tensors[0]):
             size = min(size, self._fitting_size or size)
             part = [tensor[start : start + size].to(self.model.device) for tensor in tensors]
@@ -596,6 +713,7 @@ class _Scores:
     """Sums per sample over its scored tokens; fields as in BatchMeasurement, on the CPU."""
 
     metric: Metric
+    strategy: SweepStrategy
     counts_B: Tensor
     delta_LB: Tensor
     clean_nll_B: Tensor | None = None
@@ -616,6 +734,14 @@ def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Ten
     if wrong:
         raise ValueError(f"Expected inputs with the batch of {num_rows} rows in front, found shapes {wrong}.")
     return dict(inputs or {})
+
+
+def _cached_width(stack: BlockStack, hidden_size: int) -> int:
+    """Return how many numbers a token's keys take in one block, and its values again: what the key projection gives where there is
+    one, else at most the width of the hidden states."""
+    modules = (named for block in stack.blocks for named in block.named_modules())
+    widths = [int(module.out_features) for name, module in modules if name.endswith("k_proj")]
+    return max(widths, default=hidden_size)
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:
@@ -654,7 +780,7 @@ def _without_padding(tensors_BT: Sequence[Tensor]) -> list[Tensor]:
     return [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether an allocation failed; torch's CPU allocator has no type of its own for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
@@ -700,12 +826,15 @@ def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Ten
     return readings_VNC.new_zeros(shape).index_add(1, rows_N, readings_VNC)
 
 
-def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None) -> _Scores:
+def _label_scores(
+    strategy: SweepStrategy, log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE: Tensor | None
+) -> _Scores:
     chosen_B = log_probs_VBC[0].argmax(dim=-1) if labels_B is None else labels_B.cpu()
     nll_VB = -log_probs_VBC.gather(-1, chosen_B.expand(len(log_probs_VBC), -1)[..., None])[..., 0]
     correct_VB = None if labels_B is None else log_probs_VBC.argmax(dim=-1) == chosen_B
     return _Scores(
         metric="label_nll",
+        strategy=strategy,
         counts_B=torch.ones_like(chosen_B),
         delta_LB=nll_VB[1:] - nll_VB[:1],
         clean_nll_B=nll_VB[0],
@@ -716,10 +845,10 @@ def _label_scores(log_probs_VBC: Tensor, labels_B: Tensor | None, embeddings_VBE
     )
 
 
-def _embedding_scores(embeddings_VBE: Tensor) -> _Scores:
+def _embedding_scores(strategy: SweepStrategy, embeddings_VBE: Tensor) -> _Scores:
     drop_LB = _cosine_drops(embeddings_VBE)
     counts_B = torch.ones(drop_LB.shape[1], dtype=torch.int64)
-    return _Scores("cosine_drop", counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
+    return _Scores("cosine_drop", strategy, counts_B, drop_LB, cosine_drop_LB=drop_LB, embeddings_VBE=embeddings_VBE)
 
 
 def _cosine_drops(embeddings_VBE: Tensor) -> Tensor:
@@ -737,7 +866,8 @@ def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> O
     def select(index: int, input_BTD: Tensor, output_BTD: Tensor) -> None:
         # Convolutional front ends shorten time: their mask is not the blocks'.
         if mask_BT is not None and mask_BT.shape == output_BTD.shape[:2]:
-            observe(index, input_BTD[mask_BT.bool()], output_BTD[mask_BT.bool()])
+            # Some models carry several streams of width D for each token.
+            observe(index, *(states[mask_BT.bool()].flatten(0, -2) for states in (input_BTD, output_BTD)))
         else:
             observe(index, input_BTD.flatten(0, -2), output_BTD.flatten(0, -2))
 

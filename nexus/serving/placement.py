@@ -381,11 +381,8 @@ class _Planner:
         if all(device.used <= device.capacity for device in devices):
             self._replicate(devices, copies, family)
         devices = [device for device in devices if device.tenants]
-        plans = [self._settle(device, copies, family) for device in devices]
-        settled = [plan for plan in plans if plan is not None]
-        if len(settled) < len(plans):
-            return None
-        return _Draft(family, tuple(tuple(device.tenants) for device in devices), tuple(settled), copies)
+        plans = tuple(self._settle(device, copies, family) for device in devices)
+        return _Draft(family, tuple(tuple(device.tenants) for device in devices), plans, copies)
 
     def _replicate(self, devices: list[_Tenancy], copies: dict[int, int], family: _Family) -> None:
         """Give the slowest device's largest teacher another copy elsewhere, as long as that shortens the whole."""
@@ -415,8 +412,8 @@ class _Planner:
             target.used += footprint
             copies[index] += 1
 
-    def _settle(self, device: _Tenancy, copies: dict[int, int], family: _Family) -> _DevicePlan | None:
-        """Who stays on one device, who sleeps or waits; None when even that does not fit."""
+    def _settle(self, device: _Tenancy, copies: dict[int, int], family: _Family) -> _DevicePlan:
+        """Who stays on one device, who sleeps or waits."""
         compute = sum(self._compute(i, copies[i], family) for i in device.tenants)
         if device.used <= device.capacity:
             moves = {i: self._load(i, family) for i in device.tenants}
@@ -443,7 +440,7 @@ class _Planner:
         modes: _Modes = {i: (self._mode(i, family), number, None) for number, wave in enumerate(waves) for i in wave}
         return _DevicePlan(modes, max(used), compute + sum(s for s, _ in moves.values()), 0, moves, len(waves))
 
-    def _sleepers(self, device: _Tenancy, compute: float, family: _Family) -> _DevicePlan | None:
+    def _sleepers(self, device: _Tenancy, compute: float, family: _Family) -> _DevicePlan:
         """The choice that swaps the fastest: one place is kept for whoever is awake, the rest is filled with residents.
 
         A sleeper in its node's memory keeps its process, and that a piece of the GPU; one on disk keeps nothing.
@@ -459,8 +456,7 @@ class _Planner:
                         asleep, family.host_share, None if held else device.capacity - used, used
                     )
                     found.append((sum(self._wake_seconds(i, source) for i, source in sources.items()), used, sources))
-        if not found:
-            return None
+        assert found, "whoever was put here fits beside those who never sleep"
         once, used, sources = min(found, key=lambda item: item[:2])
         turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once)))
         moves = {i: self._load(i, family) for i in device.tenants}

@@ -115,11 +115,11 @@ def score_completions(
     _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
     parts: list[dict[str, np.ndarray]] = [{}] * len(rows)
     hidden: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(rows) for layer in request.layers}
-    with_states = request.transport in ("hidden", "auto")
+    read = {"hidden": "states", "auto": "both"}.get(request.transport, "logits")
     bad: dict[str, str] = {}
 
     def score(chosen: list[int]) -> _Parts:
-        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, with_states=with_states)
+        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, read=read)
         counts = [len(rows[i].completion_ids) for i in chosen]
         columns, finite_N = keep_columns(
             batch.logits_NV, batch.states_NH, request, [request.row_ids[i] for i in chosen], counts
@@ -174,7 +174,9 @@ def completion_logits(
     rows = tokenise_rows(tokenizer, prompts, completions)
 
     def logits(chosen: list[int]) -> Tensor:
-        return _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
+        logits_NV = _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
+        assert logits_NV is not None
+        return logits_NV
 
     yield from passes([partial(logits, chosen) for chosen in _micro_batches(model, rows)])
 
@@ -244,9 +246,10 @@ def output_head(model: PreTrainedModel, *, passes: Passes = one_by_one) -> Teach
     probe_BT = torch.arange(min(8, weight_VH.shape[0]))[None]
 
     def probe() -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(), _head_input(model) as seen:
+        with torch.inference_mode():
             logits_BTV: Tensor = model(input_ids=probe_BT.to(model.device), use_cache=False).logits
-            return logits_BTV, head(seen[0])
+            decoder: Any = model.get_decoder()
+            return logits_BTV, head(decoder(input_ids=probe_BT.to(model.device), use_cache=False).last_hidden_state)
 
     ((logits_BTV, expected_BTV),) = passes([probe])
     if softcap is not None:
@@ -348,7 +351,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 class _Scored:
     """The scored positions of one micro-batch, row after row."""
 
-    logits_NV: Tensor
+    logits_NV: Tensor | None
     hidden: dict[int, Tensor]
     """Layer -> [N, H]."""
     states_NH: Tensor | None
@@ -378,8 +381,9 @@ def _forward(
     rows: Sequence[TokenisedRow],
     layers: Sequence[int],
     *,
-    with_states: bool = False,
+    read: str = "logits",
 ) -> _Scored:
+    """`read` says what is wanted: logits, the states that the head reads, or both."""
     pad = _pad_id(tokenizer)
     longest_prompt = max(len(row.prompt_ids) for row in rows)
     # Keeping 0 logits would mean all of them.
@@ -399,19 +403,24 @@ def _forward(
     position_ids_BT = (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     device = model.device
     scored_BC = scored_BC.to(device)
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids_BT.to(device),
+        "attention_mask": attention_mask_BT.to(device),
+        "position_ids": position_ids_BT.to(device),
+        "use_cache": False,
+    }
     with torch.inference_mode(), recorded_blocks(model, layers) as recorded, _head_input(model) as seen:
-        logits_BTV = model(
-            input_ids=input_ids_BT.to(device),
-            attention_mask=attention_mask_BT.to(device),
-            position_ids=position_ids_BT.to(device),
-            use_cache=False,
-            logits_to_keep=longest_completion,
-        ).logits
-        # Some classes (the omni thinkers) take logits_to_keep and return all the same.
-        logits_BCV = logits_BTV[:, -longest_completion:]
+        if read == "states":
+            # The head over the vocabulary is the receiver's work then.
+            seen.append(model.get_decoder()(**inputs).last_hidden_state)
+            logits_NV = None
+        else:
+            # Some classes (the omni thinkers) take logits_to_keep and return all the same.
+            logits_BTV = model(**inputs, logits_to_keep=longest_completion).logits
+            logits_NV = logits_BTV[:, -longest_completion:][scored_BC]
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
-    states_NH = seen[0][:, -longest_completion:][scored_BC] if with_states else None
-    return _Scored(logits_BCV[scored_BC], hidden, states_NH)
+    states_NH = None if read == "logits" else seen[0][:, -longest_completion:][scored_BC]
+    return _Scored(logits_NV, hidden, states_NH)
 
 
 def _scored_length(row: TokenisedRow) -> int:

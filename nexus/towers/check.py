@@ -28,7 +28,6 @@ from nexus.errors import NexusError
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.registry import (
-    LOADABLE_ROLES,
     TeacherEntry,
     TeacherRegistry,
     resolve_entry,
@@ -73,15 +72,21 @@ class CheckRow:
 
 
 def check_teachers(
-    registry: TeacherRegistry, teachers: Sequence[str], *, tiny: bool, models_dir: Path | None = None
+    registry: TeacherRegistry,
+    teachers: Sequence[str],
+    *,
+    tiny: bool,
+    models_dir: Path | None = None,
+    keep: Path | None = None,
 ) -> Iterator[CheckRow]:
     """Try teachers by their ids, in that order; yields a row as soon as it is known.
 
-    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read.
+    One teacher is in memory at a time, and tiny folders are deleted as soon as they are read, unless they are kept.
 
     Args:
         teachers: ids; empty means the whole registry.
         models_dir: without `tiny`, searched before the Hugging Face cache.
+        keep: with `tiny`, where the folders are left, each named as its teacher; one that is there is not built again.
 
     Raises:
         TowerLoadError: an unknown id, before anything is tried.
@@ -96,8 +101,9 @@ def check_teachers(
         try:
             with tempfile.TemporaryDirectory(prefix="nexus-check-") as scratch:
                 if tiny:
-                    folder = Path(scratch) / entry.id
-                    write_tiny(entry.id, folder)
+                    folder = (keep or Path(scratch)) / entry.id
+                    if not folder.exists():
+                        write_tiny(entry.id, folder)
                     spec = spec_of_entry(entry, folder, base=folder / BASE if entry.base else None)
                 else:
                     spec = resolve_entry(entry, models_dir=models_dir)
@@ -124,8 +130,10 @@ def what_it_needs(entry: TeacherEntry, *, tiny: bool) -> str | None:
         return REMEDIES[entry.library]
     if (entry.model_class is None and entry.role != "sae") or entry.remote_code.needed:
         return "; ".join(entry.needs)
-    if entry.role not in LOADABLE_ROLES or (tiny and not has_tiny(entry.id)):
-        return f"a loader for teachers of role {entry.role} from {entry.library}; this version has none"
+    if tiny and not has_tiny(entry.id):
+        return (
+            f"a tiny build of {entry.model_class}, which is not there; type: nexus teachers check --teachers {entry.id}"
+        )
     return None
 
 
@@ -135,7 +143,7 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
     Raises:
         NexusError: whatever the engine raises for them.
     """
-    layers = tuple(sorted({0, engine.num_layers - 1}))
+    layers = tuple(sorted({0, engine.num_layers - 1})) if engine.num_layers else ()
     kinds = []
     if engine.role == "causal_lm":
         rows = (("Say hello.", "Hello."), ("What is 2 + 2?", "4"))
@@ -208,6 +216,8 @@ def _kinds(targets: TeacherTargets) -> list[str]:
         kinds.append("labels")
     if targets.features is not None:
         kinds.append("features")
+    if targets.codec is not None:
+        kinds += ["codes", "latents", "reconstruction"]
     if targets.denoising is not None:
         kinds += ["noise", *(["blocks"] if targets.denoising.blocks else [])]
     return kinds

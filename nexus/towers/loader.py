@@ -44,6 +44,7 @@ from nexus.profiling.layers import find_blocks
 from nexus.towers.blocks import Passes, block_width, one_by_one
 from nexus.towers.cache import BlockSpill, CacheEntry, CacheManifest, QuantisedCache, recipe_of
 from nexus.towers.checkpoint import Checkpoint, open_checkpoint, source_files, stored_tensors, weights_digest
+from nexus.towers.codec import CODECS
 from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.diffusion import Denoiser
 from nexus.towers.encoder import encoder_of
@@ -161,9 +162,10 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     model_class = _model_class(spec, checkpoint)
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
-    tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role in ("encoder", "codec_lm") else None
-    quantise = quantise and spec.quantise
+    tokenizer = tokenizer_of(spec) if spec.role == "causal_lm" else None
+    processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
+    # Codecs stay in floating point: four bits are heard.
+    quantise = quantise and spec.quantise and spec.role != "codec"
     loaded = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
     model, coverage = loaded.model, loaded.coverage
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
@@ -194,7 +196,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
 def load_component(
     spec: TeacherSpec, model_class: Any, device: torch.device, *, quantise: bool
 ) -> tuple[PreTrainedModel, CoverageReport, str]:
-    """One model of transformers by itself, its coverage, and a hash of its weights and configuration; raises as `load_tower`."""
+    """One model of transformers by itself, its coverage, and a hash of weights and configuration; raises as `load_tower`."""
     checkpoint = open_checkpoint(Path(spec.path))
     skeleton = _skeleton(spec, model_class)
     loaded = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
@@ -323,6 +325,11 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
             f"Expected {CODEC_LM_CLASS} for teacher {spec.id!r} of role codec_lm, found {name}, whose codes this version cannot ask "
             "for. Remove it from the run."
         )
+    if spec.role == "codec" and name not in CODECS:
+        raise TowerLoadError(
+            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. "
+            "Remove it from the run."
+        )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
             f"Expected a model that generates text for teacher {spec.id!r} of role causal_lm, found {name}. Set its role to encoder."
@@ -335,7 +342,12 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
     return found
 
 
-def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
+def tokenizer_of(spec: TeacherSpec) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        TowerLoadError: it has none, or one without an end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
     except Exception as error:  # as in _skeleton

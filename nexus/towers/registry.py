@@ -24,7 +24,7 @@ from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 """Roles that a run can distil from."""
 
-LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "diffusion", "sae")
+LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae")
 """Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")

@@ -29,41 +29,53 @@ smaller, and exact."""
 
 
 def keep_columns(
-    logits_NV: Tensor, states_NH: Tensor | None, request: ScoreRequest, row_ids: Sequence[str], counts: Sequence[int]
+    logits_NV: Tensor | None,
+    states_NH: Tensor | None,
+    request: ScoreRequest,
+    row_ids: Sequence[str],
+    counts: Sequence[int],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What has to be kept of some rows until the whole request is known.
 
     Args:
-        logits_NV: any float type; divided by the request's temperature and normalised in float32.
-        states_NH: what the output head read; needed by the transports hidden and auto.
+        logits_NV: any float type; divided by the request's temperature and normalised in float32. Not needed by the transport hidden.
+        states_NH: what the output head reads; needed by the transports hidden and auto.
         row_ids: of the rows that the N tokens belong to, one after the other.
         counts: tokens of each of them.
 
     Returns:
         Name -> [N, ...] on the logits' device; and bool [N], False where the model's results are not finite.
     """
-    if request.transport in ("topk", "auto"):
-        is_auto = request.transport == "auto"
-        kept = min(AUTO_MAX_K if is_auto else request.top_k, logits_NV.shape[1])
-        packed = pack_topk(logits_NV, top_k=kept, temperature=request.temperature)
-        columns = {"ids": packed.ids_NK, "logprobs": packed.logprobs_NK, "tail": packed.tail_N}
-        finite_N = packed.finite_N
-        if is_auto:
-            columns["errors"] = _topk_errors(logits_NV, packed, request.temperature)
-    else:
-        logprobs_NV = torch.log_softmax(logits_NV.float() / request.temperature, dim=-1)
-        finite_N = torch.isfinite(logprobs_NV.amax(dim=-1))
-        columns = {}
-        if request.transport == "full":
-            columns["logprobs"] = logprobs_NV
-        elif request.transport == "sampled":
-            columns["ids"] = _draw(logprobs_NV, request, row_ids, counts)
-            columns["logprobs"] = logprobs_NV.gather(-1, columns["ids"].long())
+    columns: dict[str, Tensor] = {}
+    finite = []
     if request.transport in ("hidden", "auto"):
         assert states_NH is not None, "these transports need the states that the head reads"
         columns["states"] = states_NH.float()
-        finite_N = finite_N & torch.isfinite(states_NH).all(dim=-1)
-    return columns, finite_N
+        finite.append(torch.isfinite(states_NH).all(dim=-1))
+    if request.transport != "hidden":
+        assert logits_NV is not None, "all transports but hidden need logits"
+        logprobs, finite_N = _logit_columns(logits_NV, request, row_ids, counts)
+        columns |= logprobs
+        finite.append(finite_N)
+    return columns, torch.stack(finite).all(dim=0)
+
+
+def _logit_columns(
+    logits_NV: Tensor, request: ScoreRequest, row_ids: Sequence[str], counts: Sequence[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    if request.transport in ("topk", "auto"):
+        kept = min(request.top_k if request.transport == "topk" else AUTO_MAX_K, logits_NV.shape[1])
+        packed = pack_topk(logits_NV, top_k=kept, temperature=request.temperature)
+        columns = {"ids": packed.ids_NK, "logprobs": packed.logprobs_NK, "tail": packed.tail_N}
+        if request.transport == "auto":
+            columns["errors"] = _topk_errors(logits_NV, packed, request.temperature)
+        return columns, packed.finite_N
+    logprobs_NV = torch.log_softmax(logits_NV.float() / request.temperature, dim=-1)
+    finite_N = torch.isfinite(logprobs_NV.amax(dim=-1))
+    if request.transport == "full":
+        return {"logprobs": logprobs_NV}, finite_N
+    ids_NS = _draw(logprobs_NV, request, row_ids, counts)
+    return {"ids": ids_NS, "logprobs": logprobs_NV.gather(-1, ids_NS.long())}, finite_N
 
 
 def to_targets(

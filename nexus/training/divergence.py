@@ -548,6 +548,20 @@ def _topk_bins(
     return torch.cat([kept_q_MK, tail_q_M[:, None]], dim=-1), log_p_MJ.to(dtype)
 
 
+def topk_targets(ids_MK: Tensor, logprobs_MK: Tensor, tail_logprob_M: Tensor, *, vocabulary_size: int) -> Tensor:
+    """The teacher's k + 1 bins [M, K+1] in float64, divided by their sum, with the checks of `topk_tail_kl`.
+
+    A tail that is a few roundings stays: a divergence over mixtures takes no harm from a student without one.
+    """
+    _check_ids(ids_MK, vocabulary_size)
+    kept_p_MK = logprobs_MK.detach().double()
+    _check_mass(kept_p_MK)
+    tail_p_M1 = tail_logprob_M.detach().double()[:, None]
+    if ids_MK.shape[-1] == vocabulary_size:
+        tail_p_M1 = torch.full_like(tail_p_M1, -math.inf)
+    return torch.log_softmax(torch.cat([kept_p_MK, tail_p_M1], dim=-1), dim=-1)
+
+
 def _with_tail(kept_p_MK: Tensor, tail_p_M: Tensor | None, tail_q_M: Tensor, received_dtype: torch.dtype) -> Tensor:
     """The teacher's bins [M, K+1] in float64, divided by their sum; `tail_p_M` None takes 1 - (kept mass)."""
     if tail_p_M is None:

@@ -234,7 +234,7 @@ class _RowDivergences(torch.autograd.Function):
             for ids in _slices(vocabulary_size, tile):
                 log_q_RJ = student.tile(rows, ids).sub_(norm_q_R[:, None])
                 log_p_RJ = teacher.tile(rows, ids).sub_(norm_p_R[:, None])
-                for value_R, slope_RJ in _values_and_slopes(log_q_RJ, log_q_RJ.exp(), log_p_RJ, setting.terms):
+                for value_R, slope_RJ in values_and_slopes(log_q_RJ, log_q_RJ.exp(), log_p_RJ, setting.terms):
                     values_M[rows] += value_R
                     slopes_M[rows] += slope_RJ.sum(dim=-1)
         ctx.setting = setting
@@ -278,7 +278,7 @@ class _RowDivergences(torch.autograd.Function):
                 q_RJ = log_q_RJ.exp()
                 # In place of the sum over u: dD/dl = s - q sum(s).
                 slopes_RJ = q_RJ * -slopes_M[rows, None]
-                for _, slope_RJ in _values_and_slopes(log_q_RJ, q_RJ, log_p_RJ, setting.terms):
+                for _, slope_RJ in values_and_slopes(log_q_RJ, q_RJ, log_p_RJ, setting.terms):
                     slopes_RJ += slope_RJ
                 slopes_RJ.mul_(upstream_M[rows, None] / setting.temperature)
                 if setting.student_softcap is not None:
@@ -351,7 +351,7 @@ class _Running:
         return self._weighted_R / self._sum_R
 
 
-def _values_and_slopes(
+def values_and_slopes(
     log_q_RJ: Tensor, q_RJ: Tensor, log_p_RJ: Tensor, terms: tuple[Term, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each term: the tile's part of the divergence [R], and s_v [R, J] of the module's formulas."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -43,6 +44,7 @@ from nexus.training.teacher_gradients import (
 
 ADAM_BETAS = (0.9, 0.95)
 """The second decay of language-model training (GPT-3, LLaMA): the variance follows a spike within 20 steps instead of 1,000."""
+
 
 class TargetSource(Protocol):
     """Where targets come from: a pool of teacher actors, or teachers in this process."""
@@ -139,6 +141,8 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     rows: int
+    tokens: Mapping[str, int]
+    """Scored for each teacher that took part (`TeacherLoss.tokens`)."""
     wait_s: float
     """Seconds spent waiting for targets."""
     restored_step: int | None
@@ -203,6 +207,8 @@ class DistillationLoop:
         self._spike = spike
         self._asked = 0
         """Draws ahead whose targets have been asked for."""
+        self._tokens: Counter[str] = Counter()
+        """Scored in this step, by teacher."""
         self._awaited: set[Hashable] = set()
         """Keys of the targets that were asked for and not collected yet."""
         self.optimizer = _optimizer(objective, settings)
@@ -275,6 +281,7 @@ class DistillationLoop:
         self.recovery.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         factor = self._spike_factor(batches)
+        self._tokens.clear()
         losses = (
             self._whole_step(batches[0], targets[0], factor)
             if len(batches) == 1
@@ -311,6 +318,7 @@ class DistillationLoop:
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             rows=len(sample_ids),
+            tokens=dict(self._tokens),
             wait_s=wait_s,
             restored_step=restored,
         )
@@ -411,6 +419,7 @@ class DistillationLoop:
         for assignment, records in self._taught(batch).items():
             whole = None if sizes is None else sizes.teachers[assignment]
             loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole)
+            self._tokens[assignment.teacher] += loss.tokens
             kds.setdefault(assignment.teacher, []).append(loss.kd)
             anchors.setdefault(assignment.teacher, []).append(loss.anchor)
         asked = list(self._taught(batch)) if sizes is None else list(sizes.teachers)
@@ -542,9 +551,7 @@ class DistillationLoop:
         if parts.gold is not None and self.settings.gold_weight:
             gradients.add_plain(self.settings.gold_weight * parts.gold)
 
-    def _write(
-        self, gradients: TeacherGradients, combined: SurgeryLoss | None, factor: float
-    ) -> SurgeryOutcome | None:
+    def _write(self, gradients: TeacherGradients, combined: SurgeryLoss | None, factor: float) -> SurgeryOutcome | None:
         """Set the gradients of the step; returns what surgery found where it was due."""
         due = self._operation is not None and combined is not None and self._operation.due(tuple(combined.coefficients))
         baselines = {} if self._surgery is None else self._surgery.baselines

@@ -2,11 +2,12 @@
 
 For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
 KD_t depends on what the teacher gives:
-- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL) at every token of its own answer, on its top-k and tail, its
-  whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of KL(teacher || student), because the
-  mix has none;
+- a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL), or T^2 KL(teacher || student), at every token of its own
+  answer, on its top-k and tail, its whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of
+  KL(teacher || student), because the mix has none;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
   distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
+- an encoder without a head: none; A_t then also holds the distance to its pooled embedding;
 - a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`),
   and the same divergence over the labels themselves, from the pooled features of the tower.
 A_t anchors the student to the teacher's critical layers, each through an affine map that only training has, and depth to depth: the
@@ -19,7 +20,7 @@ Shape letters: B rows, T tokens, V vocabulary, N scored tokens, H a teacher's wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nexus.adapters.base import POOLED, Adapter, AdapterConfig, Alignment, Features
-from nexus.config import TOWERS
+from nexus.config import TOWERS, Divergence
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
 from nexus.data.media import read_media
 from nexus.data.records import Record
@@ -46,17 +47,19 @@ from nexus.towers.targets import (
     TeacherTargets,
 )
 from nexus.training.batches import Assignment
-from nexus.training.divergence import (
-    distill_divergence,
-    distill_divergence_topk,
-    kd_loss,
-    sampled_kl,
-    topk_tail_kl,
-)
+from nexus.training.divergence import kd_loss, sampled_kl, topk_tail_kl
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
-from nexus.training.hidden_divergence import DISTILL_MIX, OutputHead, hidden_divergence
+from nexus.training.hidden_divergence import DISTILL_MIX, FORWARD_KL, OutputHead, Term, hidden_divergence
 from nexus.training.labels import LabelTokens
+from nexus.training.one_pass import StudentRows, dense_one_pass, hidden_one_pass, topk_one_pass
+
+TERMS: Mapping[Divergence, tuple[Term, ...]] = {"mix": DISTILL_MIX, "forward_kl": FORWARD_KL}
+"""What each name of a divergence stands for."""
+
+ONE_PASS_HEAD_BYTES = 128 << 20
+"""Largest output head whose gradient is kept for each teacher between its loss and the backward pass: 32,000 ids over 1,024
+dimensions in float32. Beyond it the logits are computed a second time instead."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class TeacherLoss:
 
     kd: Tensor
     anchor: Tensor
+    tokens: int
+    """Student tokens that it scored or, where it gives features alone, the feature tokens that it is matched at."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,13 @@ class DistillationObjective(nn.Module):
         top_k: int,
         response_weight: float,
         max_length: int,
+        divergence: Divergence = "mix",
         transports: Mapping[str, TokenTransport] | None = None,
         head_of: Callable[[str], TeacherHead] | None = None,
     ) -> None:
         """
         Args:
+            divergence: of the token distributions; draws have only the forward KL.
             transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
             head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
         """
@@ -110,6 +117,7 @@ class DistillationObjective(nn.Module):
         self._top_k = top_k
         self._response_weight = response_weight
         self._max_length = max_length
+        self._divergence = divergence
         self._transports = dict(transports or {})
         self._head_of = head_of
         self._heads: dict[str, OutputHead] = {}
@@ -125,7 +133,7 @@ class DistillationObjective(nn.Module):
         self.standardisers = {
             _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
             for teacher in teachers
-            for layer, _ in teacher.critical_layers
+            for layer in _anchored(teacher)
         }
         vocabulary = student.spec.core.vocab_size
         self._label_tokens = {
@@ -200,6 +208,8 @@ class DistillationObjective(nn.Module):
             divergence = tokens * self._classifier_divergence(teacher, passed, targets)
             divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
             kd = kd_loss(divergence, temperature=self._temperature)
+        elif _is_feature_only(teacher):
+            kd = passed.states[0].new_zeros(())
         elif teacher.shares_tokenizer:
             assert targets is not None
             kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
@@ -207,7 +217,10 @@ class DistillationObjective(nn.Module):
             kd = tokens * self._response_weight * passed.cross_entropy()
         # The states of a language model in the student's tokens count by token; means over answers and towers' features by row.
         by_token = teacher.role == "causal_lm" and teacher.shares_tokenizer
-        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd))
+        scored = passed.batch.num_loss_tokens
+        if _is_feature_only(teacher):
+            scored = int(self._tower(teacher, passed)[1].mask_BM.sum())
+        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd), scored)
 
     def gold_loss(
         self, labelled: Mapping[str, Sequence[Record]], *, num_tokens: Mapping[str, int] | None = None
@@ -229,7 +242,9 @@ class DistillationObjective(nn.Module):
     def _completions(
         self, teacher: TeacherFacts, records: Sequence[Record], targets: TeacherTargets | None
     ) -> list[str]:
-        """What the student is to say: the label that a classifier chose, or the answer in the row."""
+        """What the student is to say: the label that a classifier chose, the answer in the row, or nothing (features alone)."""
+        if _is_feature_only(teacher):
+            return [""] * len(records)
         if teacher.label_texts is None:
             return [_completion(record) for record in records]
         assert targets is not None
@@ -267,54 +282,75 @@ class DistillationObjective(nn.Module):
                 f"Expected {targets.teacher} to score the student's {len(ids_N)} completion tokens, found "
                 f"{len(tokens.token_ids_N)} others: the tokenizers differ. Set student.tokenizer to a teacher that shares it."
             )
+        student = StudentRows(passed.scored(passed.states[-1]), self.student.core.lm_head.weight)
+        count = len(ids_N)
         if isinstance(tokens, HiddenTargets):
-            return self._hidden_divergence(targets.teacher, passed, tokens)
-        mask_1N = torch.ones(1, len(ids_N), dtype=torch.bool)
-        # A model's head may be padded beyond the ids that another of the same tokenizer knows.
-        logits_1NV = passed.scored_logits_NV[None]
+            return self._hidden_divergence(targets.teacher, student, tokens)
         if isinstance(tokens, FullTargets):
-            teacher_1NV = torch.from_numpy(tokens.logprobs_NV)[None]
-            shared = min(logits_1NV.shape[-1], teacher_1NV.shape[-1])
-            return distill_divergence(
-                logits_1NV[..., :shared],
-                # Log-probabilities are logits of themselves; they were tempered by the teacher.
-                teacher_1NV[..., :shared] * self._temperature,
-                mask_1N,
-                num_loss_tokens=len(ids_N),
+            # A head may be padded beyond the ids that another model of the same tokenizer knows.
+            shared = min(len(student.weight_VD), tokens.logprobs_NV.shape[1])
+            return dense_one_pass(
+                replace(student, weight_VD=student.weight_VD[:shared]),
+                torch.from_numpy(tokens.logprobs_NV)[:, :shared],
+                terms=TERMS[self._divergence],
+                num_loss_tokens=count,
                 temperature=self._temperature,
             )
+        mask_1N = torch.ones(1, count, dtype=torch.bool)
         if isinstance(tokens, SampledTargets):
             return sampled_kl(
-                logits_1NV,
+                passed.scored_logits_NV[None],
                 torch.from_numpy(tokens.ids_NS).long()[None],
                 torch.from_numpy(tokens.logprobs_NS)[None],
                 mask_1N,
-                num_loss_tokens=len(ids_N),
+                num_loss_tokens=count,
                 temperature=self._temperature,
             )
-        return distill_divergence_topk(
-            logits_1NV,
-            torch.from_numpy(tokens.ids_NK).long()[None],
-            torch.from_numpy(tokens.logprobs_NK)[None],
-            mask_1N,
-            num_loss_tokens=len(ids_N),
+        ids_NK, logprobs_NK = torch.from_numpy(tokens.ids_NK).long(), torch.from_numpy(tokens.logprobs_NK)
+        tail_N = torch.from_numpy(tokens.tail_logprob_N)
+        if self._divergence == "forward_kl":
+            return topk_tail_kl(
+                passed.scored_logits_NV[None],
+                ids_NK[None],
+                logprobs_NK[None],
+                mask_1N,
+                num_loss_tokens=count,
+                temperature=self._temperature,
+                tail_logprob_BT=tail_N[None],
+            )
+        return topk_one_pass(
+            student,
+            ids_NK,
+            logprobs_NK,
+            terms=DISTILL_MIX,
+            num_loss_tokens=count,
             temperature=self._temperature,
-            tail_logprob_BT=torch.from_numpy(tokens.tail_logprob_N)[None],
+            tail_logprob_M=tail_N,
         )
 
-    def _hidden_divergence(self, teacher: str, passed: _Passed, tokens: HiddenTargets) -> Tensor:
-        """The exact mix from both models' last states; logits exist one tile of the vocabulary at a time."""
+    def _hidden_divergence(self, teacher: str, student: StudentRows, tokens: HiddenTargets) -> Tensor:
+        """The exact divergence from both models' last states; logits exist a block or a tile at a time."""
         head = self._teacher_head(teacher)
-        weight_VD = self.student.core.lm_head.weight
-        shared = min(len(weight_VD), len(head.weight_VD))
+        shared = min(len(student.weight_VD), len(head.weight_VD))
+        weight_VD, states_NE = student.weight_VD[:shared], torch.from_numpy(tokens.states_NH)
+        cut = OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap)
+        if weight_VD.nbytes <= ONE_PASS_HEAD_BYTES:
+            return hidden_one_pass(
+                replace(student, weight_VD=weight_VD),
+                states_NE,
+                cut,
+                terms=TERMS[self._divergence],
+                num_loss_tokens=len(states_NE),
+                temperature=self._temperature,
+            )
         return hidden_divergence(
-            passed.scored(passed.states[-1])[None],
-            OutputHead(weight_VD[:shared]),
-            torch.from_numpy(tokens.states_NH)[None],
-            OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap),
-            torch.ones(1, len(tokens.token_ids_N), dtype=torch.bool),
-            terms=DISTILL_MIX,
-            num_loss_tokens=len(tokens.token_ids_N),
+            student.states_MD[None],
+            OutputHead(weight_VD),
+            states_NE[None],
+            cut,
+            torch.ones(1, len(states_NE), dtype=torch.bool),
+            terms=TERMS[self._divergence],
+            num_loss_tokens=len(states_NE),
             temperature=self._temperature,
         )
 
@@ -356,8 +392,12 @@ class DistillationObjective(nn.Module):
         return F.kl_div(logits_BC.log_softmax(dim=-1), label_logprobs_BC, log_target=True, reduction="batchmean")
 
     def _anchor(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets | None, like: Tensor) -> Tensor:
-        """Weighted distance to the critical layers; exactly 0 without any."""
+        """Weighted distance to the critical layers, and to the pooled embedding of a teacher that has nothing else; exactly 0
+        without any."""
         total = like.new_zeros(())
+        if _is_feature_only(teacher):
+            assert targets is not None
+            total = total + self._pooled_distance(teacher, passed, targets)
         for layer, weight in teacher.critical_layers:
             assert targets is not None
             states = torch.from_numpy(targets.hidden[layer]).float()
@@ -369,6 +409,18 @@ class DistillationObjective(nn.Module):
             distances = [self._distance(_key(teacher.id, layer), *pair) for pair in pairs]
             total = total + weight * torch.stack(distances).mean()
         return total
+
+    def _pooled_distance(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
+        assert targets.pooled_BE is not None
+        adapter, features = self._tower(teacher, passed)
+        pooled_BE = torch.from_numpy(targets.pooled_BE)
+        if pooled_BE.shape[1] != teacher.hidden_size:
+            raise TowerLoadError(
+                f"Expected pooled embeddings of {teacher.hidden_size} dimensions from {teacher.id!r}, the width of its blocks, found "
+                f"{pooled_BE.shape[1]}. Remove it from the run."
+            )
+        predicted_BE = adapter.predict(teacher.id, POOLED, features)
+        return self._distance(_key(teacher.id, POOLED), predicted_BE[:, None], pooled_BE[:, None])
 
     def _distance(self, key: str, predicted_BTH: Tensor, target_BTH: Tensor) -> Tensor:
         mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool)
@@ -390,7 +442,8 @@ class DistillationObjective(nn.Module):
             means_BH = torch.stack([part.mean(dim=0) for part in states_NH.split(lengths)])
             return [(align(passed.mean_over_answer(trunk_BTD))[:, None], means_BH[:, None])]
         pairs = [(align(passed.scored(trunk_BTD))[None], states_NH[None])]
-        if _tower_of(self.student.spec, teacher.id) is not None:
+        # A teacher may have rows of a capability that needs the tower, and rows of one that does not.
+        if _tower_of(self.student.spec, teacher.id) in passed.features:
             adapter, features = self._tower(teacher, passed)
             predicted_BTH = adapter.predict(teacher.id, layer, features)
             pairs.append((passed.scored(predicted_BTH)[None], states_NH[None]))
@@ -480,15 +533,10 @@ def align_with_teachers(
         tower = next((name for name in towers[teacher.id] if name in wanted and name in spec.adapters()), None)
         if teacher.role == "causal_lm" and not teacher.shares_tokenizer:
             continue
-        if teacher.role == "encoder" and (tower is None or teacher.label_texts is None):
-            missing = (
-                "vision or audio under data.<capability>.towers"
-                if tower is None
-                else "a classification head with label texts"
-            )
+        if teacher.role == "encoder" and tower is None:
             raise ConfigError(
-                f"Expected the encoder teacher {teacher.id!r} to come with {missing}, found none: its rows could not be answered in "
-                "text. Add it, or remove the teacher."
+                f"Expected the encoder teacher {teacher.id!r} to come with vision or audio under data.<capability>.towers, found "
+                "none: no part of the student would learn from it. Add it, or remove the teacher."
             )
         if tower is not None:
             alignments.setdefault(tower, []).extend(
@@ -497,9 +545,40 @@ def align_with_teachers(
             )
             if teacher.label_texts is not None:
                 alignments[tower].append(Alignment(teacher.id, POOLED, len(teacher.label_texts)))
+            elif _is_feature_only(teacher):
+                alignments[tower].append(Alignment(teacher.id, POOLED, teacher.hidden_size))
     for tower, entries in alignments.items():
         spec = spec.with_alignments(tower, entries)
     return spec
+
+
+def check_answered(teachers: Sequence[TeacherFacts], capabilities: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a capability whose teachers give features alone: nobody would say what its answers are.
+
+    Args:
+        capabilities: name -> ids of its teachers.
+
+    Raises:
+        ConfigError: naming the capability.
+    """
+    silent = {teacher.id for teacher in teachers if _is_feature_only(teacher)}
+    for capability, ids in capabilities.items():
+        if silent.issuperset(ids):
+            raise ConfigError(
+                f"Expected a teacher of {capability!r} that answers in text, a language model or a classifier with label texts, "
+                f"found only {', '.join(ids)}, which give features. Add one."
+            )
+
+
+def _anchored(teacher: TeacherFacts) -> tuple[int | str, ...]:
+    """What of it the student is matched with."""
+    layers = tuple(layer for layer, _ in teacher.critical_layers)
+    return (*layers, POOLED) if _is_feature_only(teacher) else layers
+
+
+def _is_feature_only(teacher: TeacherFacts) -> bool:
+    """An encoder without a classification head: its rows have no answer, its features anchor a tower."""
+    return teacher.role == "encoder" and teacher.label_texts is None
 
 
 def label_token_ids(label_texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

@@ -379,6 +379,46 @@ def test_the_labels_only_students_events_are_not_mixed_in(report_data: ReportDat
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+def _operated(teachers: dict[str, dict[str, float]], *, conflicts: int, stationary: bool = False) -> dict[str, object]:
+    surgery = {"cosines": teachers, "factors": {}, "conflicts": conflicts, "pareto_stationary": stationary}
+    return {"kind": "step", "step": 3, "losses": {}, "surgery": surgery}
+
+
+def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_disagreed(
+    report_data: ReportData, tmp_path: Path
+) -> None:
+    pair = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": -0.3},
+        "qwen3-math": {"gemma3-code": -0.3, "qwen3-math": 1.0},
+    }
+    agreed = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": 0.1},
+        "qwen3-math": {"gemma3-code": 0.1, "qwen3-math": 1.0},
+    }
+    alone = {"siglip-digits": {"siglip-digits": 1.0}}
+    events = [
+        *report_data.events,
+        _operated(pair, conflicts=1, stationary=True),
+        _operated(agreed, conflicts=0),
+        _operated(alone, conflicts=0),
+    ]
+    shown = page_of(dataclasses.replace(report_data, events=events), tmp_path)
+    assert "mean of 3 surgeries" in shown.text
+    assert "1 surgeries found a conflict, 1 found that the teachers cancel" in shown.text
+    assert shown.text.count("-0.100 against in 50 %") == 2
+    assert shown.of_class("against") == ["-0.100 against in 50 %"] * 2
+    assert (
+        shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7
+    )  # the diagonal, and who never met
+
+
+def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:
+    assert "disagree" not in page.text
+    odd = {"kind": "step", "step": 3, "losses": {}, "surgery": {"cosines": None}}
+    shown = page_of(dataclasses.replace(report_data, events=[*report_data.events, odd]), tmp_path)
+    assert "disagree" not in shown.text
+
+
 # --- layers, router, cost, tax ----------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,15 @@ from jobs.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("profile", "extract", "distill", "route", "evaluate", "export", "pipeline")
-COMMANDS = (("quickstart",), *((stage,) for stage in STAGES), ("report",), ("generate",), ("doctor",), ("init",))
+COMMANDS = (
+    ("quickstart",),
+    *((stage,) for stage in STAGES),
+    ("report",),
+    ("generate",),
+    ("doctor",),
+    ("init",),
+    ("plan",),
+)
 TEACHERS = (("teachers", "list"), ("teachers", "show"), ("teachers", "pull"), ("teachers", "check"))
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from nexus.errors import ProfilingError
 from nexus.profiling.decoding import StopTokens, stacked_generations, stop_tokens
+from nexus.profiling.inputs import model_inputs
 from nexus.profiling.layers import BlockStack
 from nexus.profiling.niwt import NIWTProfiler, ProfileBatch
 
@@ -278,7 +279,7 @@ def test_stacking_is_refused_where_blocks_have_no_cache_entry_of_their_own(qwen3
     input_ids_BT, attention_mask_BT = (tensor[:1] for tensor in prompts)
     part = BlockStack("model.layers", list(qwen3.model.layers)[1:])
     with torch.no_grad(), pytest.raises(ProfilingError, match=r"each of the 2 blocks at 'model\.layers', found 3"):
-        stacked_generations(qwen3, part, input_ids_BT, attention_mask_BT, 3, StopTokens((), 0))
+        stacked_generations(qwen3, part, model_inputs(qwen3, input_ids_BT, attention_mask_BT), 3, StopTokens((), 0))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

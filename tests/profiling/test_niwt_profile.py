@@ -233,6 +233,14 @@ def test_the_strategy_can_be_named_by_the_caller(measurements):
     assert consolidated(measurements, strategy="mixed").strategy == "mixed"
 
 
+def test_the_profile_names_every_strategy_that_was_used_whatever_the_order_of_merging(measurements):
+    first, second, *rest = measurements
+    second = replace(second, strategy="prefix")
+    assert consolidated([first, second, *rest]).strategy == "prefix+triangular"
+    once = merge_measurements([merge_measurements([second, *rest]), first])
+    assert once.strategy == "prefix+triangular"
+
+
 def test_nothing_measured_is_no_profile(qwen3):
     with pytest.raises(ProfilingError, match="at least one measured batch"):
         consolidated([])
@@ -243,11 +251,10 @@ def test_nothing_measured_is_no_profile(qwen3):
 def test_measurements_of_different_things_do_not_merge(measurements):
     for other in (
         replace(measurements[1], metric="label_nll"),
-        replace(measurements[1], strategy="brute"),
         replace(measurements[1], correct_VB=None),
         replace(measurements[1], delta_LB=measurements[1].delta_LB[:2]),
     ):
-        with pytest.raises(ProfilingError, match="one model by one metric and strategy"):
+        with pytest.raises(ProfilingError, match="one model by one metric"):
             consolidated([measurements[0], other])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest_training import CAPABILITIES, facts, image_rows, label_targets, text_rows, token_targets
@@ -21,9 +22,14 @@ SETTINGS = LoopSettings(
     steps=8,
     optimizer="adamw",
     learning_rate=3e-3,
+    schedule="cosine",
     warmup_steps=2,
+    final_rate=0.02,
+    decay_share=0.2,
     weight_decay=0.01,
     grad_clip=1.0,
+    accumulate=1,
+    ema_decay=None,
     gold_weight=0.5,
     anchor_start=1.0,
     anchor_end=0.3,
@@ -32,6 +38,8 @@ SETTINGS = LoopSettings(
     checkpoint_every=3,
     surgery_method="none",
     surgery_every=2,
+    surgery_subset="adapters_and_trunk",
+    ramps={},
     seed=0,
 )
 
@@ -91,7 +99,20 @@ def _source(tokenizer) -> RecordedSource:
     return RecordedSource(answer)
 
 
-def _loop(spec, tokenizer, *, taught=True, labelled=True, spike=None, recovery=None, excluded=frozenset(), **changes):
+def _loop(
+    spec,
+    tokenizer,
+    *,
+    taught=True,
+    labelled=True,
+    spike=None,
+    recovery=None,
+    excluded=frozenset(),
+    rows=2,
+    source=None,
+    assignments=ASSIGNMENTS,
+    **changes,
+):
     torch.manual_seed(0)
     teachers = TEACHERS if taught else ()
     if taught:
@@ -107,12 +128,12 @@ def _loop(spec, tokenizer, *, taught=True, labelled=True, spike=None, recovery=N
         max_length=64,
     )
     batches = StepBatches(
-        {assignment: CyclingStream(rows, 2) for assignment, rows in ASSIGNMENTS.items()} if taught else {},
-        {"math": CyclingStream(text_rows(3), 1)} if labelled else {},
+        {assignment: CyclingStream(found, rows) for assignment, found in assignments.items()} if taught else {},
+        {"math": CyclingStream(text_rows(4), rows // 2)} if labelled else {},
     )
     batches.excluded = excluded
     importance = {teacher.id: 1.0 for teacher in teachers}
-    source = _source(tokenizer) if taught else None
+    source = (source or _source(tokenizer)) if taught else None
     loop = DistillationLoop(
         objective,
         batches,
@@ -198,6 +219,8 @@ def test_the_run_is_reproducible(spec, tokenizer):
         ({"surgery_method": "upgrad"}, True),
         ({}, False),
         ({"optimizer": "muon"}, True),
+        ({"surgery_method": "pcgrad", "surgery_every": 3, "accumulate": 2, "ema_decay": 0.9}, True),
+        ({"ramps": {"labels": (2, 3)}, "schedule": "wsd"}, True),
     ],
 )
 def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, changes, taught):
@@ -337,16 +360,64 @@ def test_surgery_on_its_due_steps_changes_only_conflicting_updates_and_keeps_the
     without_gold, _ = _loop(spec, tokenizer, surgery_every=1, surgery_method=method, gold_weight=0.0)
     gradients = {}
     for name, loop in (("plain", plain), ("operated", operated), ("no gold", without_gold)):
-        loop.settings = replace(loop.settings, grad_clip=1e9)
-        loop.optimizer.step = lambda: None
-        loop.advance()
-        gradients[name] = torch.cat(
-            [p.grad.flatten() for p in loop.objective.student.core.parameters() if p.grad is not None]
-        )
+        gradients[name] = _gradient(loop)
     assert not torch.equal(gradients["operated"], gradients["no gold"])
     assert torch.isfinite(gradients["operated"]).all()
     cosine = torch.nn.functional.cosine_similarity(gradients["plain"], gradients["operated"], dim=0)
     assert cosine > 0.5
+
+
+def _gradient(loop):
+    """Of the next step, unclipped, without taking it."""
+    loop.settings = replace(loop.settings, grad_clip=1e9)
+    loop.optimizer.step = lambda: None
+    loop.advance()
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in loop.objective.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+def test_surgery_reports_what_it_found_on_the_steps_that_it_is_due(spec, tokenizer):
+    loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=3)
+    _, reports = _run(loop)
+    assert [report.step for report in reports if report.surgery is not None] == [0, 3, 6]
+    found = reports[3].surgery
+    assert found.teachers == ("labels", "same")
+    assert found.cosines["same"]["labels"] == pytest.approx(found.cosines["labels"]["same"])
+    assert -1.0 <= found.cosines["same"]["labels"] <= 1.0
+
+
+def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec, tokenizer):
+    """On one and the same batch, the reused plan gives what a new one would."""
+    gradients = {}
+    for every in (1, 5):
+        loop, _ = _loop(
+            spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0
+        )
+        loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
+        loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
+        _frozen(loop)
+        loop.advance()
+        gradients[every] = _gradient(loop)
+    torch.testing.assert_close(gradients[5], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("subset", ["adapters", "trunk"])
+def test_surgery_leaves_parameters_outside_its_subset_alone(spec, tokenizer, subset):
+    plain, _ = _loop(spec, tokenizer, surgery_every=1)
+    operated, _ = _loop(spec, tokenizer, surgery_every=1, surgery_method="upgrad", surgery_subset=subset)
+    _gradient(plain)
+    _gradient(operated)
+    changed = {
+        name.split(".")[1] if name.startswith("student.") else "maps"
+        for (name, one), two in zip(plain.objective.named_parameters(), operated.objective.parameters(), strict=True)
+        if one.grad is not None and not torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-7)
+    }
+    assert changed <= {"core" if subset == "trunk" else "adapters"}
 
 
 def test_excluded_rows_can_leave_an_assignment_without_rows(spec, tokenizer):
@@ -366,3 +437,213 @@ def test_a_spike_is_read_from_its_text(text, spike):
 def test_another_spike_is_refused(text):
     with pytest.raises(ConfigError, match="STEP:nan or STEP:xFACTOR"):
         parse_spike(text)
+
+
+# Gradient accumulation.
+
+
+def _frozen(loop):
+    """Standardisers whose statistics no longer move, so that the order of updates does not matter."""
+    for standardiser in loop.objective.standardisers.values():
+        width = standardiser.width
+        standardiser.update(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.ones(8))
+        standardiser.freeze()
+
+
+class PerRowSource(RecordedSource):
+    """Answers that depend on each row alone, whatever batch it comes in."""
+
+    def __init__(self, tokenizer):
+        rows = {row.id: row for group in ASSIGNMENTS.values() for row in group}
+
+        def answer(teacher, request):
+            parts = []
+            for row_id in request.row_ids:
+                seed = sum(map(ord, row_id))
+                if teacher == "same":
+                    parts.append(token_targets(TEACHERS[0], (rows[row_id],), tokenizer, seed=seed))
+                else:
+                    parts.append(label_targets(TEACHERS[1], (rows[row_id],), seed=seed))
+            return _joined(parts)
+
+        super().__init__(answer)
+
+
+def _joined(parts):
+    tokens = parts[0].tokens
+    if tokens is not None:
+        columns = {
+            name: np.concatenate([getattr(part.tokens, name) for part in parts])
+            for name in ("token_ids_N", "ids_NK", "logprobs_NK", "tail_logprob_N")
+        }
+        lengths = [part.tokens.offsets_B1[-1] for part in parts]
+        tokens = replace(tokens, offsets_B1=np.cumsum([0, *lengths]), **columns)
+    return replace(
+        parts[0],
+        row_ids=tuple(row_id for part in parts for row_id in part.row_ids),
+        tokens=tokens,
+        hidden={layer: np.concatenate([part.hidden[layer] for part in parts]) for layer in parts[0].hidden},
+        label_logprobs_BC=None
+        if parts[0].label_logprobs_BC is None
+        else np.concatenate([part.label_logprobs_BC for part in parts]),
+    )
+
+
+@pytest.mark.parametrize("method", ["none", "upgrad"])
+def test_accumulated_draws_equal_one_large_batch(spec, tokenizer, method):
+    found = []
+    for rows, accumulate in ((4, 1), (2, 2)):
+        loop, _ = _loop(
+            spec, tokenizer, rows=rows, accumulate=accumulate, source=PerRowSource(tokenizer), surgery_method=method
+        )
+        _frozen(loop)
+        loop.settings = replace(loop.settings, grad_clip=1e9)
+        loop.optimizer.step = lambda: None
+        report = loop.advance()
+        gradients = {name: p.grad for name, p in loop.objective.named_parameters() if p.grad is not None}
+        found.append((report, gradients))
+    (large, expected), (parts, gradients) = found
+    assert parts.rows == large.rows == 10
+    assert parts.losses == pytest.approx(large.losses, rel=1e-5)
+    assert parts.kd == pytest.approx(large.kd, rel=1e-5)
+    assert parts.anchor == pytest.approx(large.anchor, rel=1e-5)
+    assert parts.gold == pytest.approx(large.gold, rel=1e-5)
+    assert parts.total == pytest.approx(large.total, rel=1e-5)
+    assert parts.coefficients == pytest.approx(large.coefficients, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-3, atol=2e-6, msg=name)
+
+
+def test_a_teacher_of_two_capabilities_has_the_mean_of_both_however_the_step_is_cut(spec, tokenizer):
+    prose = tuple(replace(row, id=f"p{row.id}", capability="prose") for row in text_rows(4))
+    everyone = {row.id: row for row in (*text_rows(4), *prose)}
+
+    def answer(teacher, request):
+        return _joined(
+            [
+                token_targets(TEACHERS[0], (everyone[name],), tokenizer, seed=sum(map(ord, name)))
+                for name in request.row_ids
+            ]
+        )
+
+    losses = []
+    for rows, accumulate in ((4, 1), (2, 2)):
+        loop, _ = _loop(
+            spec,
+            tokenizer,
+            rows=rows,
+            accumulate=accumulate,
+            source=RecordedSource(answer),
+            assignments={Assignment("same", "math"): text_rows(4), Assignment("same", "prose"): prose},
+        )
+        _frozen(loop)
+        losses.append(loop.advance().losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_accumulation_asks_for_the_targets_of_whole_steps_ahead(spec, tokenizer):
+    loop, source = _loop(spec, tokenizer, accumulate=2, window=1)
+    loop.advance()
+    assert max(draw for kind, draw in source.log if kind == "submit") == 3
+    assert loop.batches.peek(0).draw == 2
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_spike_in_the_middle_of_an_accumulated_step_skips_all_of_it(spec, tokenizer, taught):
+    """The draw after the first of a step: nothing of the step may stay behind."""
+    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(3, "nan", math.nan), taught=taught)
+    before = {}
+    reports = []
+
+    def on_report(report):
+        reports.append(report)
+        if report.draw == 0:
+            before.update(_weights(loop))
+        if report.draw == 2:
+            _assert_equal(before, _weights(loop))
+
+    loop.run(on_report=on_report, should_stop=lambda: False, save=lambda: None)
+    assert [report.draw for report in reports][:4] == [0, 2, 4, 6]
+    assert [report.action for report in reports].count("skip") == 1
+    assert reports[1].action == "skip"
+    assert loop.step == 8
+
+
+# Averaged weights, later teachers.
+
+
+def test_the_average_follows_the_weights_and_is_restored_by_a_rollback(spec, tokenizer):
+    recovery = RecoveryConfig(flags_to_rollback=1, certify_steps=1, suspect_margin=0, warmup=4, window=8)
+    averages = {}
+    loop, _ = _loop(
+        spec,
+        tokenizer,
+        steps=20,
+        snapshot_every=2,
+        spike=Spike(12, "scale", 1e6),
+        recovery=recovery,
+        learning_rate=1e-4,
+        ema_decay=0.9,
+    )
+
+    def on_report(report):
+        averages.setdefault(loop.step, _copy(loop.average.state_dict()["weights"]))
+        if report.action == "rollback":
+            restored = loop.average.state_dict()["weights"]
+            for name, tensor in averages[report.restored_step].items():
+                assert torch.equal(restored[name], tensor), name
+            seen.append(report)
+
+    seen = []
+    loop.run(on_report=on_report, should_stop=lambda: False, save=lambda: None)
+    assert seen
+    last = loop.average.state_dict()["weights"]
+    weights = dict(loop.objective.named_parameters())
+    assert any(not torch.equal(last[name], weights[name]) for name in last)
+
+
+def test_a_later_teacher_is_not_asked_before_its_step_and_rises_in_weight(spec, tokenizer):
+    loop, source = _loop(spec, tokenizer, ramps={"labels": (2, 4)})
+    asked = []
+    submit = source.submit
+
+    def recorded(key, teacher, request):
+        asked.append((key[0], teacher))
+        submit(key, teacher, request)
+
+    source.submit = recorded
+    _, reports = _run(loop)
+    assert [set(report.losses) for report in reports[:3]] == [{"same"}, {"same"}, {"labels", "same"}]
+    assert min(draw for draw, teacher in asked if teacher == "labels") == 2
+    weights = [report.coefficients["labels"] for report in reports[2:6]]
+    assert weights[0] < 0.3
+    assert weights[0] < weights[3]
+    renewed = [incident for incident in loop.recovery.incidents if incident.kind == "rebaseline"]
+    assert len(renewed) >= 2  # it came in, and the baselines were frozen
+
+
+def test_a_later_teacher_whose_step_is_skipped_to_is_still_not_asked_too_early(spec, tokenizer):
+    """Skips move the draws of the first step that it takes part in: what was asked for and is not needed yet is not waited for."""
+    loop, _ = _loop(spec, tokenizer, ramps={"labels": (2, 4)}, spike=Spike(1, "nan", math.nan))
+    _, reports = _run(loop)
+    assert [set(report.losses) for report in reports[:4]] == [{"same"}, {"same"}, {"same"}, {"labels", "same"}]
+
+
+def test_a_broken_teacher_is_left_out_and_named(spec, tokenizer):
+    source = _source(tokenizer)
+    whole = source.answer
+
+    def answer(teacher, request):
+        targets = whole(teacher, request)
+        if teacher == "labels":
+            targets = replace(targets, label_logprobs_BC=np.full_like(targets.label_logprobs_BC, np.nan))
+        return targets
+
+    source.answer = answer
+    loop, _ = _loop(spec, tokenizer, source=source, surgery_method="upgrad", surgery_every=1)
+    report = loop.advance()
+    assert report.action == "step"
+    assert report.excluded == ("labels",)
+    assert set(report.coefficients) == {"same"}
+    assert math.isfinite(report.total)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus.training.loss import (
     BASELINE_DECAY,
@@ -19,11 +18,7 @@ from nexus.training.loss import (
     GradientSurgeryLoss,
     Mode,
     SurgeryLoss,
-    apply_surgery,
-    reapply_surgery,
-    teacher_gradients,
 )
-from nexus.training.surgery import Method, combine
 
 NAMES = ("audio", "code", "reasoning", "vision")
 
@@ -360,154 +355,13 @@ def test_losses_that_cannot_be_combined_are_refused() -> None:
         loss({"audio": torch.ones(2)})
 
 
-# Surgery on parameters.
+# Teachers that are ramped in.
 
 
-def two_headed() -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, dict[str, Tensor]]:
-    """A shared weight that two teachers pull in conflicting directions, and a bias that only one of them sees."""
-    generator = torch.Generator().manual_seed(11)
-    shared = nn.Parameter(torch.randn(2, 3, generator=generator))
-    bias = nn.Parameter(torch.randn(4, generator=generator))
-    outside = nn.Parameter(torch.randn(3, generator=generator))
-    pull = torch.randn(2, 3, generator=generator)
-    losses = {
-        "audio": (shared * pull).sum() + outside.square().sum(),
-        "code": -(shared * pull).sum() * 0.5 + bias.square().sum() + 20.0,
-    }
-    return shared, bias, outside, losses
-
-
-def test_teacher_gradients_are_those_of_the_ratios_with_zeros_where_a_loss_does_not_reach() -> None:
-    shared, bias, _, losses = two_headed()
-    gradients = teacher_gradients(losses, {"audio": 2.0, "code": 4.0}, [shared, bias])
-    assert gradients.shape == (2, 10)
-    assert not gradients[0, 6:].any()
-    for row, (name, baseline) in zip(gradients, (("audio", 2.0), ("code", 4.0)), strict=True):
-        expected = torch.autograd.grad(losses[name] / baseline, [shared, bias], retain_graph=True, allow_unused=True)
-        assert torch.equal(row[:6], expected[0].reshape(-1))
-        if expected[1] is not None:
-            assert torch.equal(row[6:], expected[1])
-
-
-def test_applied_surgery_writes_the_combined_gradient_and_leaves_other_parameters_alone() -> None:
-    shared, bias, outside, losses = two_headed()
-    baselines = {"audio": 1.0, "code": 1.0}
-    loss = GradientSurgeryLoss({"audio": 1.0, "code": 3.0}, ramp_steps=0, baselines=baselines)
-    result = loss(losses)
-    result.loss.backward(retain_graph=True)
-    assert outside.grad is not None
-    untouched = outside.grad.clone()
-    plain = torch.cat([shared.grad.reshape(-1), bias.grad])  # type: ignore[union-attr, list-item]
-    apply_surgery(losses, result, loss.baselines, [shared, bias], method="upgrad")
-    written = torch.cat([shared.grad.reshape(-1), bias.grad])  # type: ignore[union-attr, list-item]
-    gradients = teacher_gradients(losses, baselines, [shared, bias])
-    coefficients = torch.tensor(list(result.coefficients.values()), dtype=torch.float64)
-    assert torch.equal(written, combine(gradients, coefficients, method="upgrad"))
-    assert bool((gradients @ written >= -1e-5).all())
-    assert bool((gradients @ plain < 0).any())
-    assert torch.equal(outside.grad, untouched)
-    apply_surgery(losses, result, loss.baselines, [shared, bias], method="sum")
-    torch.testing.assert_close(torch.cat([shared.grad.reshape(-1), bias.grad]), plain, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr, list-item]
-
-
-def test_applied_surgery_leaves_out_excluded_teachers_and_passes_the_generator_on() -> None:
-    shared, bias, _, losses = two_headed()
-    broken = {**losses, "vision": shared.sum() * math.nan}
-    loss = GradientSurgeryLoss(dict.fromkeys(NAMES, 1.0), ramp_steps=0)
-    result = loss(broken)
-    assert result.excluded == ("vision",)
-    apply_surgery(
-        broken, result, loss.baselines, [shared, bias], method="pcgrad", generator=torch.Generator().manual_seed(0)
-    )
-    assert shared.grad is not None
-    assert bool(torch.isfinite(shared.grad).all())
-    assert bool(shared.grad.any())
-
-
-def test_half_precision_parameters_get_half_precision_gradients() -> None:
-    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    losses = {"audio": (weight * 2).sum(), "code": -weight.sum() + 8}
-    assert teacher_gradients(losses, {"audio": 1.0, "code": 1.0}, [weight]).dtype == torch.float32
-    loss = settled({"audio": 1.0, "code": 1.0})
-    apply_surgery(losses, loss(losses), loss.baselines, [weight], method="upgrad")
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.bfloat16
-
-
-def prepared(
-    *, ramp_steps: int = 0
-) -> tuple[nn.Parameter, nn.Parameter, dict[str, Tensor], GradientSurgeryLoss, SurgeryLoss]:
-    shared, bias, _, losses = two_headed()
-    loss = GradientSurgeryLoss(
-        {"audio": 1.0, "code": 3.0}, ramp_steps=ramp_steps, baselines={"audio": 1.0, "code": 1.0}
-    )
-    return shared, bias, losses, loss, loss(losses)
-
-
-def test_surgery_reports_the_cosines_and_the_weights_it_used() -> None:
-    shared, bias, losses, loss, result = prepared()
-    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method="upgrad")
-    assert outcome is not None
-    gradients = teacher_gradients(losses, loss.baselines, [shared, bias]).double()
-    cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0).item()
-    assert cosine < 0.0
-    assert outcome.teachers == ("audio", "code")
-    assert outcome.cosines["audio"]["code"] == pytest.approx(cosine, rel=1e-6)
-    assert outcome.cosines["code"]["code"] == pytest.approx(1.0)
-    assert outcome.plan.conflicts == 1
-    assert not outcome.pareto_stationary
-    written = torch.cat([shared.grad.reshape(-1), bias.grad])  # type: ignore[union-attr, list-item]
-    weights = torch.tensor([outcome.factors[name] for name in outcome.teachers], dtype=torch.float64)
-    torch.testing.assert_close(written, (weights @ gradients).float())
-    assert all(outcome.factors[name] >= result.coefficients[name] for name in outcome.teachers)  # upgrad only adds
-
-
-def test_teachers_that_cancel_take_no_step_and_are_reported() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    losses = {"audio": weight.sum(), "code": 8.0 - weight.sum()}
-    loss = GradientSurgeryLoss({"audio": 1.0, "code": 1.0}, ramp_steps=0, baselines={"audio": 1.0, "code": 1.0})
-    outcome = apply_surgery(losses, loss(losses), loss.baselines, [weight], method="upgrad")
-    assert outcome is not None
-    assert outcome.pareto_stationary
-    assert weight.grad is not None
-    assert not weight.grad.any()
-
-
-def test_a_gradient_that_is_not_finite_is_left_for_the_recovery_step() -> None:
-    weight = nn.Parameter(torch.zeros(3))
-    # The norm of zeros: a finite loss whose gradient is not.
-    losses = {"audio": weight.square().sum().sqrt() + 1.0, "code": (weight - 1.0).square().sum()}
-    loss = GradientSurgeryLoss({"audio": 1.0, "code": 1.0}, ramp_steps=0, baselines={"audio": 1.0, "code": 1.0})
-    result = loss(losses)
-    assert result.excluded == ()
-    result.loss.backward(retain_graph=True)
-    assert weight.grad is not None
-    plain = weight.grad
-    assert apply_surgery(losses, result, loss.baselines, [weight], method="upgrad") is None
-    assert weight.grad is plain
-    assert not bool(torch.isfinite(plain).all())
-
-
-@pytest.mark.parametrize("method", ["none", "upgrad", "pcgrad"])
-def test_surgery_applied_again_equals_surgery_while_the_gradients_stay(method: Method) -> None:
-    shared, bias, losses, loss, result = prepared()
-    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method=method)
-    assert outcome is not None
-    # Other coefficients on the next step, the same gradients.
-    later = replace(result, coefficients={"audio": 0.9, "code": 0.1})
-    apply_surgery(losses, later, loss.baselines, [shared, bias], method=method)
-    expected = [parameter.grad for parameter in (shared, bias)]
-    assert reapply_surgery(losses, later, loss.baselines, [shared, bias], outcome=outcome)
-    for parameter, gradient in zip((shared, bias), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-        assert parameter.grad is not gradient
-
-
-def test_surgery_is_not_applied_again_to_other_teachers() -> None:
-    shared, bias, losses, loss, result = prepared()
-    outcome = apply_surgery(losses, result, loss.baselines, [shared, bias], method="upgrad")
-    assert outcome is not None
-    written = shared.grad
-    alone = loss({"code": losses["code"]})
-    assert not reapply_surgery(losses, alone, loss.baselines, [shared, bias], outcome=outcome)
-    assert shared.grad is written
+@both_modes
+def test_a_share_scales_a_teachers_importance(mode: Mode) -> None:
+    losses = numbers(2.0, 3.0)
+    ramped = settled({"audio": 1.0, "code": 2.0}, mode=mode, penalty=0.1)(losses, shares={"audio": 1.0, "code": 0.25})
+    fixed = settled({"audio": 1.0, "code": 0.5}, mode=mode, penalty=0.1)(losses)
+    assert ramped.coefficients == fixed.coefficients
+    assert torch.equal(ramped.loss, fixed.loss)

@@ -24,9 +24,14 @@ from nexus.student.memory import NexusStudent
 from nexus.towers.health import FingerprintChangedError, RowCountError
 from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead
 from nexus.training.batches import Assignment
-from nexus.training.divergence import forward_kl
+from nexus.training.divergence import distill_divergence, forward_kl
 from nexus.training.facts import TeacherFactsFile, TokenTransport
-from nexus.training.objective import DistillationObjective, align_with_teachers, label_token_ids
+from nexus.training.objective import (
+    DistillationObjective,
+    align_with_teachers,
+    check_answered,
+    label_token_ids,
+)
 
 TOWERS = {"same": ("reasoning",), "other": (), "labels": ("vision",), "same2": ()}
 
@@ -177,6 +182,37 @@ def test_every_transport_teaches_the_same_distribution(spec, tokenizer, extra):
     )
     # 20,000 draws of numbers of size 1 to 10.
     assert float(found["sampled"][0]) == pytest.approx(float(reference), rel=0.05)
+
+
+@pytest.mark.parametrize("divergence", ["mix", "forward_kl"])
+def test_a_wide_head_computes_its_logits_twice_and_gives_the_same(spec, tokenizer, divergence, monkeypatch):
+    """Also: the divergence is the configured one in every transport that has it."""
+    teacher = facts("same", critical_layers=())
+    rows = text_rows()
+    whole = token_targets(teacher, rows, tokenizer, top_k=len(tokenizer))
+    count = len(whole.tokens.token_ids_N)
+    head, states = torch.randn(len(tokenizer), WIDTH), torch.randn(count, WIDTH)
+    kept = (states @ head.T / 2.0).log_softmax(-1).topk(len(tokenizer))
+    scored = (whole.tokens.offsets_B1, whole.tokens.token_ids_N)
+    hidden = replace(whole, tokens=HiddenTargets(*scored, states.numpy()))
+    ids = replace(whole.tokens, ids_NK=kept.indices.int().numpy(), logprobs_NK=kept.values.numpy())
+    objective = _objective(
+        spec,
+        tokenizer,
+        [teacher],
+        divergence=divergence,
+        head_of=lambda _name: TeacherHead(head.numpy(), None, None),
+    )
+    losses = [objective.teacher_loss(Assignment("same", "math"), rows, hidden).kd]
+    monkeypatch.setattr("nexus.training.objective.ONE_PASS_HEAD_BYTES", 0)
+    losses.append(objective.teacher_loss(Assignment("same", "math"), rows, hidden).kd)
+    losses.append(objective.teacher_loss(Assignment("same", "math"), rows, replace(whole, tokens=ids)).kd)
+    student = objective._forward(rows, [row.completion for row in rows]).scored_logits_NV
+    function = forward_kl if divergence == "forward_kl" else distill_divergence
+    setting = {"num_loss_tokens": count, "temperature": 2.0}
+    losses.append(4 * function(student[None], (states @ head.T)[None], torch.ones(1, count), **setting))
+    for loss in losses[:-1]:
+        assert float(loss.detach()) == pytest.approx(float(losses[-1].detach()), rel=1e-4)
 
 
 def test_a_bfloat16_head_is_used_as_the_teacher_does(spec, tokenizer):
@@ -334,13 +370,67 @@ def test_a_row_without_a_completion_names_the_remedy(spec, tokenizer):
         objective.request(Assignment("same", "math"), [row])
 
 
-@pytest.mark.parametrize(
-    ("changes", "towers", "words"),
-    [({}, (), "vision or audio under"), ({"label_texts": None}, ("vision",), "a classification head")],
-)
-def test_an_encoder_that_cannot_teach_text_is_refused(spec, changes, towers, words):
-    with pytest.raises(ConfigError, match=words):
-        align_with_teachers(spec, [facts("labels", **changes)], {"labels": towers})
+def _feature_targets(teacher, rows, *, width=WIDTH):
+    random = np.random.default_rng(0)
+    labelled = label_targets(replace(teacher, label_texts=("1",)), rows)
+    pooled_BE = random.normal(size=(len(rows), width)).astype(np.float32)
+    return replace(labelled, label_texts=None, label_logprobs_BC=None, pooled_BE=pooled_BE)
+
+
+def test_an_encoder_without_labels_teaches_the_tower_by_its_features_alone(spec, tokenizer):
+    teacher = facts("labels", label_texts=None)
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = tuple(replace(row, completion=None) for row in image_rows())
+    loss = objective.teacher_loss(Assignment("labels", "sight"), rows, _feature_targets(teacher, rows))
+    assert float(loss.kd) == 0
+    trained = _gradient_names(objective, loss.anchor)
+    maps = "student.adapters.vision.alignments."
+    assert {name for name in trained if name.startswith(maps)} == {
+        f"{maps}{index}.{part}" for index in (0, 1, 2) for part in ("weight", "bias")
+    }
+    assert not any(name.startswith("student.core") for name in trained)
+    assert loss.tokens > len(rows)
+
+
+def test_the_pooled_embedding_alone_anchors_a_teacher_without_critical_layers(spec, tokenizer):
+    teacher = facts("labels", label_texts=None, critical_layers=())
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = image_rows()
+    targets = _feature_targets(teacher, rows)
+    first = objective.teacher_loss(Assignment("labels", "sight"), rows, targets)
+    other = objective.teacher_loss(
+        Assignment("labels", "sight"), rows, replace(targets, pooled_BE=np.flip(targets.pooled_BE, axis=1).copy())
+    )
+    assert float(first.anchor) > 0
+    assert float(first.anchor) != float(other.anchor)
+
+
+def test_pooled_embeddings_of_another_width_than_the_blocks_are_refused(spec, tokenizer):
+    teacher = facts("labels", label_texts=None)
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = image_rows()
+    with pytest.raises(TowerLoadError, match="pooled embeddings of"):
+        objective.teacher_loss(Assignment("labels", "sight"), rows, _feature_targets(teacher, rows, width=WIDTH + 1))
+
+
+def test_the_scored_tokens_of_a_teacher_are_counted(spec, tokenizer):
+    teacher = facts("same")
+    objective = _objective(spec, tokenizer, [teacher])
+    rows = text_rows()
+    targets = token_targets(teacher, rows, tokenizer)
+    assert objective.teacher_loss(Assignment("same", "math"), rows, targets).tokens == len(targets.tokens.token_ids_N)
+
+
+def test_a_capability_that_nobody_answers_is_refused():
+    teachers = [facts("same"), facts("labels", label_texts=None)]
+    check_answered(teachers, {"sight": ["labels", "same"]})
+    with pytest.raises(ConfigError, match="'sight' that answers in text"):
+        check_answered(teachers, {"sight": ["labels"]})
+
+
+def test_an_encoder_without_a_tower_to_teach_is_refused(spec):
+    with pytest.raises(ConfigError, match="vision or audio under"):
+        align_with_teachers(spec, [facts("labels")], {"labels": ()})
 
 
 def test_changing_the_profile_s_critical_layers_changes_the_loss(spec, tokenizer):

@@ -1,0 +1,720 @@
+"""Distillation speed, every ratio against its baseline in the same run: a plain loop, TRL's GKD trainer, live and cached teachers.
+
+    python benchmarks/distill.py [--json FILE] [--steps 40] [--rounds 5] [--trl-python PYTHON] [--only NAME ...] [--work DIR]
+
+The task: a Qwen3 teacher (4 layers of 128) trained on the sources of this Python's standard library in 4,096 tokens, and a student of 2
+layers of 64. Every contender gets the same saved teacher in float32, the same initial student (`NexusStudentCore`), the same rows in
+the same order (8 of 128 tokens a step), forward KL at temperature 1, AdamW with the same constants, clipping and schedule. A contender
+is a process of its own with two cores in all: two threads, or one for the student and one shared by its teachers' actors. Rounds run
+every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
+evaluated in between; seconds are the median over all steps of all rounds, with the least beside it.
+
+TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too; this
+folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
+
+    heldout_kl_difference          nexus in process against the plain loop, nats per token on rows that nobody trained on
+    speedup_over_plain_loop        nexus in process (DistillationLoop, hidden states, one-pass divergence)
+    speedup_over_trl_gkd           the same over trl.experimental.gkd.GKDTrainer (lmbda 0, beta 0)
+    live_ray_speedup_over_trl_gkd  the teacher as a Ray actor on the same two cores
+    cached_epoch_speedup           an epoch from cached top-k targets over a live epoch of the same
+    overlap_efficiency             max(teacher, student) / step, the worst of teachers slowed to 0.5, 1, 2 and 4 times the student's step
+    serial_loop_speedup_4_teachers four teachers, two of them slow, over a hand-written serial loop
+    loss_peak_extra_gib            of the hidden-state divergence, 1,024 tokens of 512 over 151,936 ids, forward and backward
+    loss_time_over_trl             its time over that of TRL's vocabulary tiles
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY, LENGTH, BATCH = 4096, 128, 8
+WARM_UP = 5
+TEACHER_STEPS = 200
+HELD_OUT_ROWS = 64
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
+SLOW = (0.5, 1.0, 2.0, 4.0)
+"""Times of a slowed teacher, in steps of the student."""
+TEACHER = "stdlib"
+
+
+def main() -> int:
+    """Run every benchmark that was asked for; 0 when all of it ran."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trl-python", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help="keeps the trained teacher between runs")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--factor", type=float, default=0.0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        with _quiet_stdout() as out:
+            print(json.dumps(CONTENDERS[arguments.one](arguments)), file=out, flush=True)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.work = (arguments.work or Path(scratch)).resolve()
+        if not (arguments.work / "task.pt").is_file():
+            _prepare(arguments.work)
+        ratios: dict[str, float] = {}
+        for name in arguments.only:
+            found = PARTS[name](arguments)
+            ratios |= found
+            for key, value in found.items():
+                print(f"  {key:<32} {value:.4f}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(ratios, indent=2) + "\n")
+    return 0
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _in_process(arguments: argparse.Namespace) -> dict[str, float]:
+    names = ["plain", "nexus", "ray"]
+    if arguments.trl_python is None:
+        print("not measured: speedup_over_trl_gkd, live_ray_speedup_over_trl_gkd (no --trl-python)")
+    else:
+        names.append("trl")
+    runs = _rounds(arguments, names)
+    seconds = {name: statistics.median(_steps(runs[name])) for name in names}
+    best = {name: min(_steps(runs[name])) for name in names}
+    tokens = BATCH * LENGTH
+    for name in names:
+        kl = runs[name][0]["held_out_kl"]
+        print(
+            f"  {name:<6} {1e3 * seconds[name]:7.1f} ms a step ({1e3 * best[name]:.1f} at best), "
+            f"{tokens / seconds[name]:8,.0f} tokens/s ({tokens / best[name]:,.0f}), held-out KL {kl:.4f} nats"
+        )
+    kls = {name: runs[name][0]["held_out_kl"] for name in names}
+    found = {
+        "heldout_kl_difference": abs(kls["nexus"] - kls["plain"]),
+        "speedup_over_plain_loop": seconds["plain"] / seconds["nexus"],
+        "speedup_over_plain_loop_best": best["plain"] / best["nexus"],
+    }
+    if "trl" in names:
+        found |= {
+            "heldout_kl_difference_trl": abs(kls["trl"] - kls["plain"]),
+            "speedup_over_trl_gkd": seconds["trl"] / seconds["nexus"],
+            "speedup_over_trl_gkd_best": best["trl"] / best["nexus"],
+            "live_ray_speedup_over_trl_gkd": seconds["trl"] / seconds["ray"],
+            "live_ray_speedup_over_trl_gkd_best": best["trl"] / best["ray"],
+        }
+    return found
+
+
+def _overlap(arguments: argparse.Namespace) -> dict[str, float]:
+    found = {}
+    for factor in SLOW:
+        run = _contender(arguments, "overlap", factor=factor)
+        teacher, student, step = run["teacher_seconds"], run["student_seconds"], run["step_seconds"]
+        found[f"overlap_efficiency_{factor:g}"] = max(teacher, student) / step
+        print(f"  teacher {1e3 * teacher:.0f} ms, student {1e3 * student:.0f} ms, step {1e3 * step:.0f} ms")
+    found["overlap_efficiency"] = min(found.values())
+    return found
+
+
+def _four_teachers(arguments: argparse.Namespace) -> dict[str, float]:
+    runs = _rounds(arguments, ["serial4", "ray4"])
+    serial, overlapped = (statistics.median(_steps(runs[name])) for name in ("serial4", "ray4"))
+    print(f"  serial {1e3 * serial:.0f} ms, nexus {1e3 * overlapped:.0f} ms a step")
+    return {"serial_loop_speedup_4_teachers": serial / overlapped}
+
+
+def _loss(arguments: argparse.Namespace) -> dict[str, float]:
+    path = arguments.work / "loss.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "loss_memory.py"), "--forms", "nexus"]
+    command += ["--divergences", "forward_kl", "--repeats", "2", "--json", str(path)]
+    seconds: dict[str, list[float]] = {"nexus": [], "trl": []}
+    peaks = []
+    rounds = 1 if arguments.trl_python is None else min(3, arguments.rounds)
+    for number in range(rounds):
+        for name in ("nexus", "trl") if number % 2 == 0 else ("trl", "nexus"):
+            if name == "nexus":
+                subprocess.run(command, check=False, env=_environment(2), stdout=subprocess.DEVNULL)
+                measured = json.loads(path.read_text())["forward_kl"]["nexus"]
+                peaks.append(measured["gib"])
+                seconds["nexus"].append(measured["seconds"])
+            elif arguments.trl_python is not None:
+                seconds["trl"].append(_contender(arguments, "trl_loss")["seconds"])
+    found = {"loss_peak_extra_gib": max(peaks)}
+    if arguments.trl_python is None:
+        print("not measured: loss_time_over_trl (no --trl-python)")
+        return found
+    print(f"  nexus {min(seconds['nexus']):.1f} s, TRL's tiles {min(seconds['trl']):.1f} s, forward and backward")
+    return found | {"loss_time_over_trl": min(seconds["nexus"]) / min(seconds["trl"])}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "speed": _in_process,
+    "overlap": _overlap,
+    "four": _four_teachers,
+    "loss": _loss,
+}
+
+
+# --- processes ----------------------------------------------------------------------------------------------------------------
+
+
+def _rounds(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(arguments.rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            runs[name].append(_contender(arguments, name))
+    return runs
+
+
+def _steps(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [seconds for run in runs for seconds in run["seconds"]]
+
+
+def _contender(arguments: argparse.Namespace, name: str, *, factor: float = 0.0) -> dict[str, Any]:
+    is_trl = name.startswith("trl")
+    python = str(arguments.trl_python) if is_trl else sys.executable
+    command = [python, __file__, "--one", name, "--work", str(arguments.work), "--steps", str(arguments.steps)]
+    threads = 1 if name in ("ray", "ray4", "overlap") else 2
+    done = subprocess.run(
+        [*command, "--factor", str(factor)], stdout=subprocess.PIPE, text=True, check=False, env=_environment(threads)
+    )
+    if done.returncode:
+        raise SystemExit(f"{name} ended with exit code {done.returncode}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[Any]:
+    """The result goes to the real output; what libraries print goes to the error output."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield out
+    finally:
+        sys.stdout = out
+
+
+# --- the task -----------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(work: Path) -> None:
+    """Tokenizer, rows, teacher and initial student."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    print("training the teacher", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    text = "\n".join(path.read_text("utf-8") for path in sorted(Path(inspect.__file__).parent.glob("*.py"))[:120])
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        text.splitlines(keepends=True),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<pad>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    ids = tokenizer(text)["input_ids"]
+    windows = [ids[start : start + LENGTH - 1] for start in range(0, len(ids) - LENGTH, LENGTH - 1)]
+    random.Random(0).shuffle(windows)
+    texts = [tokenizer.decode(window) for window in windows]
+    # A row's text has to give its tokens back, so that contenders who read text and who read tokens see the same.
+    rows = [row for row, again in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(again) == LENGTH - 1]
+    tokens = torch.tensor(tokenizer(rows)["input_ids"])
+    tokens = torch.cat([tokens, torch.full((len(tokens), 1), tokenizer.eos_token_id)], dim=1)
+    torch.manual_seed(0)
+    teacher = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )
+    )  # fmt: skip
+    train = tokens[HELD_OUT_ROWS:]
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
+    for step in range(TEACHER_STEPS):
+        batch = train[torch.randint(len(train), (16,), generator=torch.Generator().manual_seed(step))]
+        loss = teacher(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"  {len(rows)} rows, the teacher's last loss {loss.item():.2f} nats", flush=True)
+    teacher.save_pretrained(work / "teacher")
+    tokenizer.save_pretrained(work / "teacher")
+    torch.manual_seed(1)
+    student = _student().core.state_dict()
+    torch.save({"rows": rows, "tokens": tokens, "student": student}, work / "task.pt")
+
+
+def _student() -> Any:
+    from nexus.student.config import NexusStudentConfig
+    from nexus.student.memory import NexusStudent
+    from nexus.student.presets import StudentSpec
+    from nexus.student.router import SparseIntentRouterConfig
+
+    core = NexusStudentConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, port_every=1, max_position_embeddings=512, tie_word_embeddings=True, use_cache=False,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    router = SparseIntentRouterConfig(embedding_size=64, hidden_size=8)
+    return NexusStudent(StudentSpec(core, None, None, None, router))
+
+
+def _load_student(task: Mapping[str, Any]) -> Any:
+    student = _student()
+    student.core.load_state_dict(task["student"])
+    return student
+
+
+def _task(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    task: dict[str, Any] = torch.load(arguments.work / "task.pt")
+    return task
+
+
+def _teacher(arguments: argparse.Namespace) -> Any:
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(arguments.work / "teacher", dtype=torch.float32).eval().requires_grad_(False)
+
+
+def _total(arguments: argparse.Namespace) -> int:
+    return WARM_UP + int(arguments.steps)
+
+
+def _batches(arguments: argparse.Namespace, tokens: Tensor) -> list[Tensor]:
+    train = tokens[HELD_OUT_ROWS:]
+    return [train[torch.arange(BATCH * step, BATCH * (step + 1)) % len(train)] for step in range(_total(arguments))]
+
+
+def _optimizer(core: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    from nexus.training.loop import ADAM_BETAS
+    from nexus.training.scheduler import LearningRateSchedule
+
+    parameters = list(core.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM_BETAS, foreach=True)
+    return optimizer, LearningRateSchedule(optimizer, warmup_steps=WARM_UP, total_steps=steps, final_fraction=0.02)
+
+
+@torch.no_grad()
+def _held_out(core: nn.Module, teacher: nn.Module, tokens: Tensor) -> float:
+    total = 0.0
+    core.eval()
+    for rows in tokens[:HELD_OUT_ROWS].split(BATCH):
+        log_q, log_p = (model(input_ids=rows).logits[:, :-1].double().log_softmax(-1) for model in (core, teacher))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total / (HELD_OUT_ROWS * (LENGTH - 1))
+
+
+def _result(seconds: Sequence[float], core: nn.Module, teacher: nn.Module, tokens: Tensor) -> dict[str, Any]:
+    return {"seconds": list(seconds)[WARM_UP:], "held_out_kl": _held_out(core, teacher, tokens)}
+
+
+# --- contenders ---------------------------------------------------------------------------------------------------------------
+
+
+def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Dense logits of both models, torch's kl_div, autograd."""
+    task, teacher = _task(arguments), _teacher(arguments)
+    core = _load_student(task).core.train()
+    optimizer, scheduler = _optimizer(core, _total(arguments))
+    seconds = []
+    for rows in _batches(arguments, task["tokens"]):
+        start = time.perf_counter()
+        mask = torch.ones_like(rows)
+        with torch.no_grad():
+            target = teacher(input_ids=rows, attention_mask=mask).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+        logits = core(input_ids=rows, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(core.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        seconds.append(time.perf_counter() - start)
+    return _result(seconds, core, teacher, task["tokens"])
+
+
+def _trl(arguments: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    class InOrder(GKDTrainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.perf_counter())
+
+    task, teacher = _task(arguments), _teacher(arguments)
+    core = _load_student(task).core.train()
+    optimizer, schedule = _optimizer(core, _total(arguments))
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.fraction)
+    rows = torch.cat(_batches(arguments, task["tokens"]))
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        labels = ids.clone()
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompts": ids[:, :1], "prompt_attention_mask": mask[:, :1]}
+
+    clock = Clock()
+    trainer = InOrder(
+        model=core,
+        teacher_model=teacher,
+        args=GKDConfig(
+            output_dir=str(arguments.work / "trl"), lmbda=0.0, beta=0.0, temperature=1.0, use_cpu=True, bf16=False,
+            per_device_train_batch_size=BATCH, max_steps=_total(arguments), max_grad_norm=CLIP, report_to=[],
+            logging_strategy="no", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, max_length=LENGTH,
+        ),
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+        processing_class=AutoTokenizer.from_pretrained(arguments.work / "teacher"),
+        optimizers=(optimizer, scheduler),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return _result(seconds, core, teacher, task["tokens"])
+
+
+def _trl_loss(arguments: argparse.Namespace) -> dict[str, Any]:
+    """TRL's vocabulary tiles at the size of benchmarks/loss_memory.py, on the same numbers."""
+    import math
+
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    tokens, width, vocabulary = 1024, 512, 151_936
+    student = torch.randn(1, tokens, width, requires_grad=True)
+    head = (torch.randn(vocabulary, width) * (2.0 / math.sqrt(width))).requires_grad_()
+    teacher = torch.randn(1, tokens, width)
+    teacher_head = torch.randn(vocabulary, width) * (2.0 / math.sqrt(width))
+    seconds = []
+    for _ in range(3):
+        student.grad = head.grad = None
+        start = time.perf_counter()
+        loss = _chunked_divergence_loss(student, teacher, head, teacher_head, torch.ones(1, tokens), beta=0.0)[0]
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds[1:]), "loss": float(loss.detach())}
+
+
+# --- nexus --------------------------------------------------------------------------------------------------------------------
+
+
+class _InOrder:
+    """The rows of every step, in order."""
+
+    def __init__(self, steps: Sequence[tuple[Any, ...]]) -> None:
+        self._steps, self._next = steps, 0
+
+    def next_batch(self) -> tuple[Any, ...]:
+        self._next += 1
+        return self._steps[(self._next - 1) % len(self._steps)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = state["next"]
+
+
+class _EngineSource:
+    """Teachers of this process."""
+
+    def __init__(self, engines: Mapping[str, Any]) -> None:
+        self._engines = engines
+        self._asked: dict[Any, tuple[str, Any]] = {}
+
+    def submit(self, key: Any, teacher: str, request: Any) -> None:
+        self._asked[key] = (teacher, request)
+
+    def collect(self, key: Any) -> Any:
+        teacher, request = self._asked.pop(key)
+        return self._engines[teacher].score(request)
+
+    def head(self, teacher: str) -> Any:
+        return self._engines[teacher].output_head()
+
+    def forget(self) -> None:
+        self._asked.clear()
+
+
+def _spec(arguments: argparse.Namespace, teacher: str = TEACHER) -> Any:
+    from nexus.towers.registry import TeacherSpec
+
+    # In float32 like everybody's: what NF4 saves is memory, and it is measured elsewhere.
+    return TeacherSpec(
+        id=teacher, path=str(arguments.work / "teacher"), revision=None, role="causal_lm", quantise=False, min_coverage=0.0
+    )
+
+
+def _engine(arguments: argparse.Namespace) -> Any:
+    from nexus.towers.engine import TeacherEngine
+    from nexus.towers.loader import load_tower
+
+    return TeacherEngine(load_tower(_spec(arguments), device="cpu"), teacher_id=TEACHER)
+
+
+def _loop(
+    arguments: argparse.Namespace,
+    task: Mapping[str, Any],
+    fingerprint: str,
+    source: Any,
+    *,
+    transport: str = "hidden",
+    teachers: Sequence[str] = (TEACHER,),
+    window: int = 2,
+    top_k: int = 64,
+    epoch: int | None = None,
+) -> Any:
+    from transformers import AutoTokenizer
+
+    from nexus.data.records import Record
+    from nexus.training.batches import Assignment, StepBatches
+    from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
+    from nexus.training.loop import DistillationLoop, LoopSettings
+    from nexus.training.loss import GradientSurgeryLoss
+    from nexus.training.objective import DistillationObjective
+    from nexus.training.recovery import RecoveryConfig, SampleQuarantine
+
+    facts = [
+        TeacherFacts(
+            id=teacher, role="causal_lm", importance=1.0, shares_tokenizer=True, vocabulary_size=VOCABULARY, num_layers=4,
+            hidden_size=128, label_texts=None, fingerprint=fingerprint, critical_layers=(),
+        )
+        for teacher in teachers
+    ]  # fmt: skip
+    objective = DistillationObjective(
+        _load_student(task),
+        AutoTokenizer.from_pretrained(arguments.work / "teacher"),
+        teachers=facts,
+        capabilities=[CapabilityFacts("code", (), None)],
+        temperature=1.0,
+        top_k=top_k,
+        response_weight=1.0,
+        max_length=LENGTH,
+        divergence="forward_kl" if transport == "hidden" else "mix",
+        transports={teacher: TokenTransport(transport) for teacher in teachers},  # type: ignore[arg-type]
+        head_of=source.head,
+    )
+    rows = task["rows"][HELD_OUT_ROWS:]
+    steps = [
+        tuple(
+            Record(id=str(n % len(rows)), capability="code", prompt="", completion=rows[n % len(rows)])
+            for n in range(BATCH * step, BATCH * (step + 1))
+        )
+        for step in range(epoch or _total(arguments))
+    ]
+    return DistillationLoop(
+        objective,
+        StepBatches({Assignment(teacher, "code"): _InOrder(steps) for teacher in teachers}, {}),
+        source,
+        importance=dict.fromkeys(teachers, 1.0),
+        surgery=GradientSurgeryLoss(dict.fromkeys(teachers, 1.0), penalty=0.0, baselines=dict.fromkeys(teachers, 1.0)),
+        recovery=RecoveryConfig(),
+        quarantine=SampleQuarantine(),
+        settings=LoopSettings(
+            steps=_total(arguments), optimizer="adamw", learning_rate=LEARNING_RATE, warmup_steps=WARM_UP,
+            weight_decay=WEIGHT_DECAY, grad_clip=CLIP, gold_weight=0.0, anchor_start=0.0, anchor_end=0.0, window=window,
+            snapshot_every=50, checkpoint_every=10**9, surgery_method="none", surgery_every=1, seed=0,
+        ),
+    )  # fmt: skip
+
+
+def _advance(loop: Any) -> tuple[list[float], list[float]]:
+    """Seconds of each step of `loop.run`, and of its wait for targets."""
+    times, waits = [time.perf_counter()], []
+
+    def on_report(report: Any) -> None:
+        assert report.action == "step"
+        times.append(time.perf_counter())
+        waits.append(report.wait_s)
+
+    loop.run(on_report=on_report, should_stop=lambda: False, save=lambda: None)
+    return [after - before for before, after in zip(times, times[1:], strict=False)], waits
+
+
+def _nexus(arguments: argparse.Namespace) -> dict[str, Any]:
+    task, engine = _task(arguments), _engine(arguments)
+    loop = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), window=1)
+    seconds, _ = _advance(loop)
+    return _result(seconds, loop.objective.student.core, engine.tower.model, task["tokens"])
+
+
+@contextmanager
+def _ray_pool(arguments: argparse.Namespace, teachers: Sequence[str], sleeps: Mapping[str, float]) -> Iterator[Any]:
+    """Teachers as actors of a local Ray, one thread each; a slow one sleeps until its call has taken as long as it should."""
+    import ray
+
+    from actors.cluster import prepare_environment, resolve_cluster
+    from actors.pool import TeacherPool
+    from actors.teacher import TeacherActor
+
+    class SlowTeacher(TeacherActor):
+        def __init__(self, spec: Any, torch_threads: int, seconds: float) -> None:
+            super().__init__(spec, torch_threads)
+            self._seconds = seconds
+            self.taken: list[float] = []
+
+        def score(self, request: Any) -> Any:
+            start = time.perf_counter()
+            packed = super().score(request)
+            time.sleep(max(0.0, self._seconds - (time.perf_counter() - start)))
+            self.taken.append(time.perf_counter() - start)
+            return packed
+
+        def seconds(self) -> list[float]:
+            return self.taken
+
+    prepare_environment(resolve_cluster("local"))
+    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False)
+    try:
+        handles = {
+            teacher: ray.remote(concurrency_groups={"control": 1})(SlowTeacher)
+            .options(num_cpus=0, allow_out_of_order_execution=True)
+            .remote(_spec(arguments, teacher), 1, sleeps.get(teacher, 0.0))
+            for teacher in teachers
+        }
+        pool = TeacherPool(handles, window=3, timeout_s=120, max_retries=0)
+        yield pool, pool.load(300)
+    finally:
+        ray.shutdown()
+
+
+def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
+    from actors.trainer import PoolSource
+
+    task = _task(arguments)
+    with _ray_pool(arguments, [TEACHER], {}) as (pool, reports):
+        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool))
+        seconds, _ = _advance(loop)
+    return _result(seconds, loop.objective.student.core, _teacher(arguments), task["tokens"])
+
+
+def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A teacher that takes `factor` steps of the student; the student alone is measured first, on targets that are there."""
+    import ray
+
+    from actors.trainer import PoolSource
+
+    task, engine = _task(arguments), _engine(arguments)
+    alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk")
+    steps, waits = _advance(alone)
+    student = statistics.median([step - wait for step, wait in zip(steps, waits, strict=True)][WARM_UP:])
+    with _ray_pool(arguments, [TEACHER], {TEACHER: arguments.factor * student}) as (pool, reports):
+        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool), transport="topk")
+        steps, waits = _advance(loop)
+        taken = ray.get(pool._lanes[TEACHER].handle.seconds.remote())
+    own = [step - wait for step, wait in zip(steps, waits, strict=True)]
+    # Sums and not medians: a queue that runs dry now and then costs a few long waits, which a median would hide.
+    return {
+        "teacher_seconds": statistics.mean(taken[WARM_UP : len(steps)]),
+        "student_seconds": statistics.mean(own[WARM_UP:]),
+        "step_seconds": statistics.mean(steps[WARM_UP:]),
+    }
+
+
+FOUR = ("one", "two", "three", "four")
+SLOW_TEACHERS = {"one": 0.15, "two": 0.15}
+"""Seconds of a call, as of a teacher several times the student's size."""
+
+
+def _ray4(arguments: argparse.Namespace) -> dict[str, Any]:
+    from actors.trainer import PoolSource
+
+    task = _task(arguments)
+    with _ray_pool(arguments, FOUR, SLOW_TEACHERS) as (pool, reports):
+        loop = _loop(arguments, task, reports["one"].fingerprint, PoolSource(pool), teachers=FOUR, window=3)
+        seconds, _ = _advance(loop)
+    return {"seconds": seconds[WARM_UP:]}
+
+
+def _serial4(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One teacher after the other, then the student: dense logits, kl_div, the same four batches a step."""
+    task, teacher = _task(arguments), _teacher(arguments)
+    core = _load_student(task).core.train()
+    optimizer, scheduler = _optimizer(core, _total(arguments))
+    seconds = []
+    for rows in _batches(arguments, task["tokens"]):
+        start = time.perf_counter()
+        mask = torch.ones_like(rows)
+        optimizer.zero_grad()
+        for name in FOUR:
+            asked = time.perf_counter()
+            with torch.no_grad():
+                target = teacher(input_ids=rows, attention_mask=mask).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+            time.sleep(max(0.0, SLOW_TEACHERS.get(name, 0.0) - (time.perf_counter() - asked)))
+            logits = core(input_ids=rows, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+            loss = nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
+            (loss / len(FOUR)).backward()
+        nn.utils.clip_grad_norm_(core.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[WARM_UP:]}
+
+
+CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "plain": _plain,
+    "trl": _trl,
+    "trl_loss": _trl_loss,
+    "nexus": _nexus,
+    "ray": _ray,
+    "overlap": _overlapped,
+    "serial4": _serial4,
+    "ray4": _ray4,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
