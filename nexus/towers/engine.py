@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, NotANumberError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -29,7 +30,7 @@ from nexus.towers.blocks import block_width
 from nexus.towers.codec import CODECS, score_codec
 from nexus.towers.diffusion import denoise
 from nexus.towers.health import check_targets
-from nexus.towers.loader import LoadedTower, load_tower
+from nexus.towers.loader import LoadedTower, load_tower, tokenizer_of
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
 from nexus.towers.targets import (
@@ -42,6 +43,7 @@ from nexus.towers.targets import (
     TokenDistributions,
 )
 from nexus.towers.tax import TaxMeasurement, measure_tax
+from nexus.towers.transcripts import can_transcribe, transcript_batch
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
 
@@ -245,16 +247,22 @@ class TeacherEngine:
     ) -> BatchMeasurement:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
-        A language model is measured on the rows' completions. A classifier is measured on the rows' labels, or on its own decisions
-        when not every row has one; an encoder without a head on its embedding.
+        A language model is measured on the rows' completions, and so is what reads an sae's features. A classifier is measured on the
+        rows' labels, or on its own decisions when no row has one. A speech recogniser of an encoder and a decoder is measured on the
+        rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder without
+        a head on its embedding.
 
         Raises:
-            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
+                for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
-        profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
-        return profiler.measure(batch)
+        try:
+            profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
+            return profiler.measure(batch)
+        except NotANumberError:
+            self._refuse_spoiled(records, strategy, snr_db)
+            raise
 
     def confirm(
         self,
@@ -273,8 +281,7 @@ class TeacherEngine:
         Raises:
             RowsError: as `measure`; or rows without an answer to find.
         """
-        profiler = NIWTProfiler(self._runner, strategy=strategy)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
+        profiler, batch = self._profiled(records, strategy, snr_db, None)
         confirmed = profiler.confirm(batch, plan)
         if self.role != "causal_lm" or answers is None:
             return confirmed
@@ -363,6 +370,24 @@ class TeacherEngine:
         assert logprobs_BC is not None
         return logprobs_BC
 
+    def _profiled(
+        self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None, micro_batch_size: int | None
+    ) -> tuple[NIWTProfiler, ProfileBatch | EncoderProfileBatch]:
+        """What measures the teacher's layers, and the rows as it takes them."""
+        model = self.tower.model
+        texts = [record.completion if record.answer is None else record.answer for record in records]
+        if self.role == "encoder" and any(texts) and self.label_texts is None and can_transcribe(model):
+            batch = transcript_batch(
+                model, self._writer, [record.id for record in records], texts, self._prepared(records, snr_db)
+            )
+            both = NIWTProfiler.of_both_sides(
+                model, first="encoder", strategy=strategy, micro_batch_size=micro_batch_size
+            )
+            return both, batch
+        profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
+        is_text = self.role in ("causal_lm", "sae")
+        return profiler, self._text_batch(records) if is_text else self._media_batch(records, snr_db)
+
     def _text_batch(self, records: Sequence[Record]) -> ProfileBatch:
         missing = {record.id: "no completion" for record in records if record.completion is None}
         if missing:
@@ -377,13 +402,42 @@ class TeacherEngine:
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
 
+    def _refuse_spoiled(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> None:
+        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
+        spoiled = {}
+        for record in records:
+            profiler, batch = self._profiled([record], strategy, snr_db, None)
+            try:
+                profiler.measure(batch)
+            except NotANumberError:
+                spoiled[record.id] = "NaN"
+        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
+        if 0 < len(spoiled) < len(records) or len(records) == 1:
+            raise RowsError(
+                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
+                "compute dtype.",
+                spoiled,
+            )
+
+    def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
+        row_ids = [record.id for record in records]
+        return encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
+
+    @cached_property
+    def _writer(self) -> PreTrainedTokenizerBase:
+        """Turns text into what a speech recogniser's decoder writes."""
+        return tokenizer_of(self.tower.spec)
+
     def _media_batch(self, records: Sequence[Record], snr_db: float | None) -> EncoderProfileBatch:
         row_ids = [record.id for record in records]
-        inputs = encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
+        inputs = self._prepared(records, snr_db)
         texts = self.label_texts
         golds = [record.completion if record.answer is None else record.answer for record in records]
-        if texts is None or None in golds:
+        unlabelled = {row_id: "no answer" for row_id, gold in zip(row_ids, golds, strict=True) if gold is None}
+        if texts is None or len(unlabelled) == len(records):
             return EncoderProfileBatch(row_ids, inputs, None)
+        if unlabelled:
+            raise RowsError("Expected an answer in every row or in none; add or drop them.", unlabelled)
         unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
         if unknown:
             raise RowsError(

@@ -149,7 +149,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     model_class = _model_class(spec, checkpoint)
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
-    tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
+    tokenizer = tokenizer_of(spec) if spec.role == "causal_lm" else None
     processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
     # Codecs stay in floating point: four bits are heard.
     quantise = quantise and spec.quantise and spec.role != "codec"
@@ -301,7 +301,12 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
     return found
 
 
-def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
+def tokenizer_of(spec: TeacherSpec) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        TowerLoadError: it has none, or one without an end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
     except Exception as error:  # as in _skeleton
