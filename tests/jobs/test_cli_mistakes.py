@@ -274,3 +274,7 @@ def test_bad_rows_are_counted_once_however_their_file_is_spelt(tmp_path, monkeyp
     quarantine.add(tmp_path / "rows.jsonl", 3, "broken")
     quarantine.add("rows.jsonl", 7, "broken")
     assert jobs.execute._quarantined(Path("run")) == {str(tmp_path / "rows.jsonl"): 2}
+
+
+def test_keeping_tiny_checkpoints_without_building_them_is_refused(nexus):
+    assert "Add --tiny" in nexus("teachers", "check", "--keep", "here").complaint()
