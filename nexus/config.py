@@ -134,6 +134,14 @@ class DataConfig(ConfigSection):
             raise ValueError(f"keywords of capability {self.capability!r} have no effect without towers; remove them")
         return self
 
+    @model_validator(mode="after")
+    def _noise_needs_audio(self) -> DataConfig:
+        if self.snr_db is not None and "audio" not in self.towers:
+            raise ValueError(
+                f"snr_db of capability {self.capability!r} has no effect without audio among its towers; remove it"
+            )
+        return self
+
 
 class QuarantineConfig(ConfigSection):
     """What happens to rows that cannot be read."""
@@ -432,6 +440,36 @@ class RunConfig(ConfigSection):
                 raise ValueError(f"distill.{name} has no effect while no teacher's transport is {transport}; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> RunConfig:
+        """Refuses what would change nothing, where it differs from the default; `nexus.training.setup` refuses what facts decide."""
+        distill = self.distill
+        for name, reason in {
+            "final_rate": "schedule is constant" if distill.schedule == "constant" else None,
+            "decay_share": None if distill.schedule == "wsd" else "schedule is not wsd",
+            "anchor_start": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "anchor_end": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "gold_weight": None if any(source.labelled for source in self.data) else "no data have labelled rows",
+            "labelled_batch_size": None
+            if any(source.labelled for source in self.data)
+            else "no data have labelled rows",
+        }.items():
+            _refuse_changed(distill, name, f"distill.{name}", reason)
+        alone = "there is one teacher" if len(self.teachers) == 1 else None
+        for name in ("mode", "penalty", "ramp_steps"):
+            unused = "penalty is 0" if distill.variance.penalty == 0 and name != "penalty" else None
+            _refuse_changed(distill.variance, name, f"distill.variance.{name}", alone or unused)
+        _refuse_changed(distill.surgery, "method", "distill.surgery.method", alone)
+        for teacher in self.teachers:
+            for name in ("start_step", "ramp_steps"):
+                _refuse_changed(teacher, name, f"{name} of teacher {teacher.id!r}", alone)
+            if teacher.start_step >= distill.steps:
+                raise ValueError(
+                    f"expected start_step of teacher {teacher.id!r} below distill.steps ({distill.steps}), found "
+                    f"{teacher.start_step}: it would never take part; lower it"
+                )
+        return self
+
     def transport_of(self, teacher: str) -> Transport:
         """How the token distributions of `teacher` travel."""
         own = next(entry.transport for entry in self.teachers if entry.id == teacher)
@@ -449,6 +487,12 @@ class RunConfig(ConfigSection):
         """Hash of the named top-level sections (all of them when none is named)."""
         document = self.model_dump(mode="json")
         return fingerprint_of({key: document[key] for key in (sections or sorted(document))})
+
+
+def _refuse_changed(section: BaseModel, name: str, place: str, reason: str | None) -> None:
+    """Raise ValueError for a setting that is not its default although, for `reason`, nothing reads it; None reads it."""
+    if reason is not None and getattr(section, name) != type(section).model_fields[name].default:
+        raise ValueError(f"{place} has no effect while {reason}; remove it")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------------

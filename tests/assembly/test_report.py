@@ -356,9 +356,8 @@ def test_a_starved_teacher_is_shown_as_starved(report_data: ReportData, tmp_path
 
 
 def test_each_teachers_share_of_the_tokens_is_shown(report_data: ReportData, tmp_path: Path) -> None:
-    metrics = report_data.metrics.model_copy(
-        update={"teacher_tokens": {"qwen3-math": 75, "gemma3-code": 25, "hungry": 0}}
-    )
+    tokens = {"qwen3-math": 75, "gemma3-code": 25, "hungry": 0}
+    metrics = report_data.metrics.model_copy(update={"teacher_tokens": tokens})
     text = page_of(dataclasses.replace(report_data, metrics=metrics), tmp_path).text
     assert "qwen3-math 75.0 %" in text
     assert "gemma3-code 25.0 %" in text
@@ -416,7 +415,7 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
     assert "mean of 3 surgeries" in shown.text
     assert "1 surgeries found a conflict, 1 found that the teachers cancel" in shown.text
     assert shown.text.count("-0.100 against in 50 %") == 2
-    assert [text for text in shown.of_class("against")] == ["-0.100 against in 50 %"] * 2
+    assert shown.of_class("against") == ["-0.100 against in 50 %"] * 2
     assert (
         shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7
     )  # the diagonal, and who never met
