@@ -21,6 +21,7 @@ from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError
+from nexus.profiling.batches import BadSamplesError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -257,7 +258,10 @@ class TeacherEngine:
             ProfilingError: see `NIWTProfiler.measure`.
         """
         profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
-        return profiler.measure(batch)
+        try:
+            return profiler.measure(batch)
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
 
     def confirm(
         self,
@@ -277,7 +281,10 @@ class TeacherEngine:
             RowsError: as `measure`; or rows without an answer to find.
         """
         profiler, batch = self._profiled(records, strategy, snr_db, None)
-        confirmed = profiler.confirm(batch, plan)
+        try:
+            confirmed = profiler.confirm(batch, plan)
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
