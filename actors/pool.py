@@ -288,7 +288,7 @@ class TeacherPool:
         assert call.key not in self._pending | self._done.keys(), f"key {call.key!r} is in use"
         if self._sleep is not None and not self._pending:
             # Another pool of this run may have worked with the teachers meanwhile.
-            self._look_who_is_awake()
+            self._look_who_is_awake(call.teacher)
         self._pending.add(call.key)
         self._lanes[call.teacher].waiting.append(call)
         self._pump()
@@ -366,11 +366,16 @@ class TeacherPool:
         except TeacherUnavailableError:
             return None
 
-    def _look_who_is_awake(self) -> None:
+    def _look_who_is_awake(self, wanted: str) -> None:
+        """Ask the actors, and put to sleep who is too many, `wanted` last."""
+        assert self._sleep is not None
         found = [
             teacher for teacher, lane in self._lanes.items() if any(self._is_loaded(teacher, r) for r in lane.handles)
         ]
         self._awake = {**{name: None for name in self._awake if name in found}, **dict.fromkeys(found)}
+        for teacher in [*(name for name in found if name != wanted), wanted]:
+            if len(beside := self._awake_beside(teacher)) > self._sleep.residents and teacher in beside:
+                self._put_to_sleep(teacher)
 
     def _is_loaded(self, teacher: str, replica: int) -> bool:
         try:

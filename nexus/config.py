@@ -56,6 +56,9 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    placement: Literal["memory", "streamed"] = "memory"
+    """`streamed` leaves the teacher's blocks in `cache.dir` and runs a batch through one after the other, for an encoder that exceeds
+    the device. A run asks language models for answers, token by token, so they cannot be streamed in it."""
     replicas: int = Field(1, gt=0, le=64)
     """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
     transport: Transport | None = None
@@ -420,6 +423,15 @@ class RunConfig(ConfigSection):
                         f"teacher {teacher.id!r} lists capability {capability!r} but no data carry it"
                         f"{_nearest(capability, capabilities)}; a teacher without rows would starve"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_a_folder(self) -> RunConfig:
+        streamed = [teacher.id for teacher in self.teachers if teacher.placement == "streamed"]
+        if streamed and self.cache.dir is None:
+            raise ValueError(
+                f"teacher {streamed[0]!r} is streamed from cache.dir, which is null; name a folder, or set its placement to memory"
+            )
         return self
 
     @model_validator(mode="after")
