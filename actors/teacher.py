@@ -192,6 +192,7 @@ class TeacherActor:
 
             unpark(self._engine.tower.model, self._parked)
             self._parked = None
+            self._engine.probe()
         if self._engine is None:
             import torch
             from transformers.utils.logging import disable_progress_bar
@@ -207,6 +208,7 @@ class TeacherActor:
                 start = time.perf_counter()
                 tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)
+            engine.probe()
             before = None if self._report is None else self._report.fingerprint
             weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(

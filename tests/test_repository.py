@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nexus", "actors", "jobs")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # What .gitignore names: built or run, not written.
-NOT_OURS = {".git", ".venv", "__pycache__", "runs", "build", "dist", "htmlcov"}
+NOT_OURS = {".git", ".venv", ".teacher-envs", "__pycache__", "runs", "build", "dist", "htmlcov"}
 # Run by hand to rebuild the sample data and teachers; they may use the `dev` extra.
 SAMPLE_MAKERS = ROOT / "nexus" / "data" / "samples"
 # Declared although no file imports them.

@@ -28,10 +28,12 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -60,6 +62,7 @@ from nexus.towers.nf4 import (
 )
 from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_loadable, resolve_entry
 from nexus.towers.sae import Dictionaries, load_dictionaries
+from nexus.vendors.environments import ENVIRONMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class LoadedTower:
     tokenizer: PreTrainedTokenizerBase | None
     """None for encoders."""
     processor: Any | None
-    """The checkpoint's own image processor or feature extractor; None for language models."""
+    """The checkpoint's own image processor or feature extractor; of a language model what prepares media, None without."""
     role: Role
     coverage: CoverageReport
     fingerprint: str
@@ -140,6 +143,11 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         UnsupportedRoleError: a role that this version cannot load.
     """
     check_loadable(spec.id, spec.role)
+    if spec.library in ENVIRONMENTS:
+        raise TowerLoadError(
+            f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found one of {spec.library}, "
+            f"whose teachers run in an environment of their own. Make it with: make teacher-env NAME={spec.library}"
+        )
     if spec.role == "sae":
         return _load_sae(spec, device, quantise=quantise)
     target = _device(device)
@@ -150,7 +158,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = _tokenizer(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
+    processor = _media_processor(spec) if spec.role == "causal_lm" else _processor(spec)
     # Codecs stay in floating point: four bits are heard.
     quantise = quantise and spec.quantise and spec.role != "codec"
     loaded = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
@@ -286,8 +294,8 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
         )
     if spec.role == "codec" and name not in CODECS:
         raise TowerLoadError(
-            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. Remove "
-            "it from the run."
+            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. "
+            "Remove it from the run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
@@ -320,6 +328,21 @@ def _tokenizer(spec: TeacherSpec) -> PreTrainedTokenizerBase:
             "tokenizer_config.json."
         )
     return tokenizer
+
+
+def _media_processor(spec: TeacherSpec) -> ProcessorMixin | None:
+    """What prepares the media in a language model's prompts; None without one, or where a package of its is absent.
+
+    Rows of text need none, so that its absence is an error of the first row with media.
+    """
+    if not any((Path(spec.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        logger.warning("teacher %s: no media in its prompts: %s", spec.id, _one_line(error))
+        return None
+    return processor if isinstance(processor, ProcessorMixin) else None
 
 
 def _processor(spec: TeacherSpec) -> Any:

@@ -241,6 +241,8 @@ class TeacherSpec:
     remote_code: bool = False
     base_path: str | None = None
     """Folder of the model that an sae reads; None for all other roles."""
+    library: str = "transformers"
+    """Package of its class; a vendor's runs in an environment of its own (nexus/vendors/environments.py)."""
     cache_dir: str | None = None
     """Where quantised weights are kept for the next load; None keeps none."""
     cache_min_parameters: int = 0
@@ -324,6 +326,7 @@ def spec_of_entry(entry: TeacherEntry, folder: Path, *, base: Path | None = None
         unused_weights=entry.unused_weights,
         remote_code=entry.remote_code.allowed,
         base_path=None if base is None else str(base),
+        library=entry.library,
     )
 
 
