@@ -66,7 +66,7 @@ def prepare_prompts(
     if processor is None:
         raise ConfigError(
             f"Expected a processor of images or recordings for the language model {teacher_id!r}, found none that loads here. Give "
-            "it rows of text, or fetch processor_config.json and preprocessor_config.json; some processors need: pip install torchvision"
+            "it rows of text, or fetch processor_config.json and preprocessor_config.json; some need: pip install torchvision"
         )
     ready, bad = [], {}
     for row_id, prompt, data in zip(row_ids, prompts, media, strict=True):

@@ -224,7 +224,7 @@ def _vibevoice(folder: Path) -> None:
         "VibeVoiceAsrForConditionalGeneration",
         acoustic_tokenizer_encoder_config=encoder,
         semantic_tokenizer_encoder_config=encoder,
-        text_config={**_TEXT, "model_type": "qwen2"},
+        text_config={**_TEXT, "model_type": "qwen2", "intermediate_size": 256},
         audio_token_id=509, audio_bos_token_id=510, audio_eos_token_id=511, acoustic_tokenizer_chunk_size=6400,
     )  # fmt: skip
     names = {"audio_token": "<audio>", "audio_bos_token": "<boa>", "audio_eos_token": "<eoa>"}

@@ -5,7 +5,6 @@ Argument: a JSON list of [registry id, folder of the checkpoint or null for a ti
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import tempfile
@@ -13,13 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
-
 from nexus.errors import NexusError
 from nexus.towers.registry import TeacherEntry, load_registry, spec_of_entry
-from nexus.towers.targets import ScoreRequest, TeacherTargets
-from nexus.vendors.engine import VendorEngine, load_vendor_engine
+from nexus.towers.targets import TeacherTargets
+from nexus.vendors.engine import VendorEngine, load_vendor_engine, probe_request
 from nexus.vendors.tiny import write_tiny
 
 
@@ -52,11 +48,7 @@ def try_teacher(entry: TeacherEntry, folder: Path | None) -> dict[str, Any]:
 def exercise(engine: VendorEngine) -> TeacherTargets:
     """Targets of two spoken rows."""
     layers = tuple(sorted({0, engine.num_layers - 1})) if engine.num_layers else ()
-    # Parler-TTS speaks with the voice that it is told; a codec reads no text.
-    voice = "A calm voice.\n\n" if engine.spec.library == "parler-tts" else ""
-    prompts = (f"{voice}Say hello.", f"{voice}Add.")
-    media = tuple(_tone(seed, engine.sampling_rate) for seed in (0, 1))
-    return engine.score(ScoreRequest(("a", "b"), prompts, None, media, 1.0, 8, layers))
+    return engine.score(probe_request(engine, layers))
 
 
 def kinds(targets: TeacherTargets) -> list[str]:
@@ -69,13 +61,6 @@ def kinds(targets: TeacherTargets) -> list[str]:
     if targets.codec is not None:
         found += ["codes", "latents", "reconstruction"]
     return found
-
-
-def _tone(seed: int, rate: int) -> bytes:
-    buffer = io.BytesIO()
-    time_T = np.arange(rate // 2) / rate
-    soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * (rate / 80 + seed) * time_T), rate, format="WAV", subtype="FLOAT")
-    return buffer.getvalue()
 
 
 def main() -> None:

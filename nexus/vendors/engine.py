@@ -24,7 +24,8 @@ from nexus.errors import ConfigError, DataError, TowerLoadError
 from nexus.towers.checkpoint import open_checkpoint, weights_digest
 from nexus.towers.codec import AskCodec, score_codec
 from nexus.towers.filling import BLOCK, MAX_WEIGHT_ERROR, ReadTensor, dequantised, fill, reader_of, stored_bits
-from nexus.towers.health import check_targets
+from nexus.towers.health import NotFiniteError, check_targets
+from nexus.towers.probes import tone
 from nexus.towers.registry import TeacherSpec
 from nexus.towers.rows import RowsError
 from nexus.towers.targets import ScoreRequest, TeacherTargets, TokenTargets
@@ -144,6 +145,17 @@ class VendorEngine:
         check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets
 
+    def probe(self) -> None:
+        """As `TeacherEngine.probe`."""
+        try:
+            self.score(probe_request(self))
+        except RowsError as error:
+            raise NotFiniteError(
+                self.teacher_id,
+                f"Expected teacher {self.teacher_id!r} to answer a fixed question after loading, found: "
+                f"{'; '.join(sorted(set(error.reasons.values())))}.",
+            ) from None
+
     def _score_codes(self, request: ScoreRequest) -> tuple[TokenTargets, dict[int, np.ndarray], int]:
         assert request.media is not None
         assert self._loaded.score is not None
@@ -186,6 +198,15 @@ class VendorEngine:
         codes, ids, logprobs, tails = (torch.cat(parts).cpu().numpy() for parts in zip(*columns, strict=True))
         tokens = TokenTargets(np.array(offsets, dtype=np.int64), codes.astype(np.int32), ids, logprobs, tails)
         return tokens, {layer: torch.cat(states).cpu().numpy() for layer, states in hidden.items()}, codebooks
+
+
+def probe_request(engine: VendorEngine, layers: tuple[int, ...] = ()) -> ScoreRequest:
+    """Two spoken rows."""
+    # Parler-TTS speaks with the voice that it is told; a codec reads no text.
+    voice = "A calm voice.\n\n" if engine.spec.library == "parler-tts" else ""
+    prompts = (f"{voice}Say hello.", f"{voice}Add.")
+    media = (tone(0, engine.sampling_rate), tone(1, engine.sampling_rate))
+    return ScoreRequest(("a", "b"), prompts, None, media, 1.0, 8, layers)
 
 
 def load_vendor_engine(spec: TeacherSpec, *, quantise: bool = True) -> VendorEngine:

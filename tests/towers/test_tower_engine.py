@@ -104,7 +104,7 @@ def test_requests_that_do_not_fit_the_role_are_refused(
     text = text_request(("a",), ("b",))
     with pytest.raises(ConfigError, match="Expected completions to score for the language model 'tiny'"):
         engine(qwen).score(replace(text, completions=None))
-    with pytest.raises(ConfigError, match="rows of text for the language model 'tiny', found media"):
+    with pytest.raises(ConfigError, match="a processor of images or recordings for the language model 'tiny'"):
         engine(qwen).score(replace(text, media=(png(0),)))
     with pytest.raises(ConfigError, match="Expected media for the teacher 'tiny' of role encoder"):
         engine(siglip).score(replace(media_request((png(0),)), media=None))
