@@ -41,7 +41,7 @@ POLL_S = 0.5
 """Longest single wait inside Ray, so that signals and deadlines are seen."""
 
 
-def _runtime_environment(spec: TeacherSpec) -> dict[str, Any] | None:
+def runtime_environment(spec: TeacherSpec) -> dict[str, Any] | None:
     """A vendor's teacher runs in the environment of its package; all others run where the driver does.
 
     Raises:
@@ -197,7 +197,7 @@ class TeacherPool:
                     max_task_retries=0,
                     max_pending_calls=4 * window + 16,
                     allow_out_of_order_execution=True,
-                    runtime_env=_runtime_environment(spec),
+                    runtime_env=runtime_environment(spec),
                 ).remote(spec, torch_threads, replica)
                 key = ("load", spec.id, replica)
                 pool._queue(_Call(key, spec.id, "load", (), load_timeout_s, replica))

@@ -94,6 +94,13 @@ def test_a_teacher_without_a_tiny_build_is_tried_with_its_files_alone(registry: 
     assert what_it_needs(unknown, tiny=False) is None
 
 
+def test_without_diffusers_its_teachers_say_what_to_type(
+    registry: TeacherRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda _: None)
+    assert "type: pip install 'nexus-distill[diffusion]'" in str(what_it_needs(registry.get("sd3-medium"), tiny=True))
+
+
 def test_an_unknown_id_is_refused_before_anything_is_tried(registry: TeacherRegistry) -> None:
     with pytest.raises(TowerLoadError, match=r"Did you mean 'qwen2.5-0.5b'"):
         next(check_teachers(registry, ("glm-4.7-flash", "qwen2.5-0.6b"), tiny=True))

@@ -93,6 +93,11 @@ def test_local_checkpoints_that_are_not_there_are_needed_and_start_no_process(
     (row,) = check_teachers(registry, QWEN[:1], tiny=False, models_dir=tmp_path / "models")
     assert row.status == "needs"
     assert "nexus teachers pull qwen3-tts-customvoice" in str(row.reason)
+    # The process is started for the one that is there, and fails; the other one's row is kept.
+    (tmp_path / "models" / QWEN[1]).mkdir(parents=True)
+    rows = list(check_teachers(registry, QWEN[:2], tiny=False, models_dir=tmp_path / "models"))
+    assert [row.status for row in rows] == ["needs", "failed"]
+    assert "no such thing" in str(rows[1].reason)
     python.unlink()
     (row,) = check_teachers(registry, QWEN[:1], tiny=False, models_dir=tmp_path / "models")
     assert "make teacher-env NAME=qwen-tts" in str(row.reason)
