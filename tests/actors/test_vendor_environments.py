@@ -20,7 +20,7 @@ def test_a_vendors_teacher_starts_with_its_own_interpreter_and_all_others_with_t
     speaks, reads = (spec_of_entry(registry.get(name), tmp_path) for name in ("parler-tts-large", "qwen2.5-0.5b"))
     assert runtime_environment(reads) is None
     with pytest.raises(
-        TeacherUnavailableError, match="'parler-tts-large', found none.*make teacher-env NAME=parler-tts"
+        TeacherUnavailableError, match=r"'parler-tts-large', found none.*make teacher-env NAME=parler-tts"
     ):
         runtime_environment(speaks)
     python = tmp_path / "parler-tts" / "bin" / "python"
