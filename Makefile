@@ -22,7 +22,7 @@ MALLOC := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
 CORE := nexus/student/*,nexus/adapters/*,nexus/training/*,nexus/profiling/*,nexus/towers/*
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv from constraints.txt (CPU build of torch unless there is a GPU)
 	@echo "setup: .venv is up to date"

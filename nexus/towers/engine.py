@@ -35,6 +35,7 @@ from nexus.towers.media_lm import MediaPrompt, prepare_prompts
 from nexus.towers.probes import probe_request
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
+from nexus.towers.seq2seq import score_transcripts
 from nexus.towers.targets import (
     CodecTargets,
     DenoisingTargets,
@@ -105,6 +106,8 @@ class TeacherEngine:
         """Tokens of its distributions; None without any."""
         if self.role == "codec_lm":
             return int(self.tower.model.config.audio_vocab_size)
+        if self.tower.transcriber is not None:
+            return causal_lm.vocabulary_size(self.tower.model)
         return causal_lm.vocabulary_size(self.tower.model) if self.role == "causal_lm" else None
 
     @property
@@ -142,8 +145,8 @@ class TeacherEngine:
             if self.tower.dictionaries is None:
                 if request.media is not None and self.tower.is_streamed:
                     raise ConfigError(
-                        f"Expected the teacher {self.teacher_id!r} in memory to read media, found it streamed, where rows run side by "
-                        "side. Give it rows of text, or a device that holds it."
+                        f"Expected the teacher {self.teacher_id!r} in memory to read media, found it streamed, where rows run side "
+                        "by side. Give it rows of text, or a device that holds it."
                     )
                 media = self._media_prompts(request.row_ids, request.prompts, request.media, request.snr_db)
                 tokens, hidden = causal_lm.score_completions(
@@ -169,14 +172,21 @@ class TeacherEngine:
             elif self.role == "codec_lm":
                 tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
             else:
-                encoded = self._encode(
-                    request.row_ids,
-                    request.media,
-                    snr_db=request.snr_db,
+                model = self.tower.model
+                inputs = encoder.prepare_inputs(
+                    model, self.tower.processor, request.row_ids, request.media, request.snr_db
+                )
+                encoded = encoder.encode(
+                    model,
+                    inputs,
+                    row_ids=request.row_ids,
                     layers=request.layers,
                     temperature=request.temperature,
+                    passes=self.tower.passes,
                 )
                 hidden = encoded.hidden
+                if request.completions is not None and self.tower.transcriber is not None:
+                    tokens = score_transcripts(model, self.tower.transcriber, inputs, request)
         targets = TeacherTargets(
             teacher=self.teacher_id,
             fingerprint=self.fingerprint,

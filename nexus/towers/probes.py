@@ -24,6 +24,8 @@ def probe_request(tower: LoadedTower, layers: tuple[int, ...] = ()) -> ScoreRequ
     request = ScoreRequest(("a", "b"), PROMPTS, None, None, 1.0, 8, layers)
     if tower.role in ("causal_lm", "sae"):
         return replace(request, completions=COMPLETIONS)
+    if tower.transcriber is not None:
+        request = replace(request, completions=COMPLETIONS)
     return replace(request, media=probe_media(tower), denoising=Denoising(num_steps=2))
 
 

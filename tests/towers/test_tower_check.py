@@ -29,7 +29,7 @@ OK = {
     "qwen3-omni-30b": (0.75, ("tokens", "hidden", "text")),
     "siglip2-so400m": (0.5, ("hidden", "embedding")),
     "videomae-large": (0.7, ("hidden", "embedding")),
-    "whisper-large-v3-turbo": (0.3, ("hidden", "embedding")),
+    "whisper-large-v3-turbo": (0.3, ("tokens", "hidden", "embedding")),
     "parakeet-tdt-0.6b-v3": (0.6, ("hidden", "embedding")),
     "vibevoice-asr": (0.45, ("tokens", "hidden", "text", "media")),
     "personaplex-7b": (0.2, ("tokens", "hidden")),
