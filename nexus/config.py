@@ -56,6 +56,9 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    placement: Literal["memory", "streamed"] = "memory"
+    """`streamed` leaves the teacher's blocks in `cache.dir` and runs a batch through one after the other, for an encoder that exceeds
+    the device. A run asks language models for answers, token by token, so they cannot be streamed in it."""
     replicas: int = Field(1, gt=0, le=64)
     """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
     transport: Transport | None = None
@@ -356,6 +359,11 @@ class ClusterConfig(ConfigSection):
     object_store_mib: int = Field(256, ge=80)
     torch_threads: int = Field(1, gt=0)
     """Threads of each actor's tensor operations."""
+    placement: Literal["even", "planned"] = "even"
+    """even: all actors hold equal parts of the GPUs. planned: as `nexus plan` says for the cluster that is joined; who does not fit
+    sleeps on its own GPU, and spare GPUs get copies of the slowest teachers."""
+    gpu_gib: float | None = Field(None, gt=0)
+    """Free memory of each GPU for the plan; None asks the GPUs."""
     resident_teachers: int | None = Field(None, gt=0)
     """Teachers that are awake at a time; the others sleep, and the least recently used one is put to sleep for the next. None keeps
     all awake. `nexus plan` says how many fit."""
@@ -365,9 +373,16 @@ class ClusterConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _sleepers_need_a_limit(self) -> ClusterConfig:
-        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
+        default = ClusterConfig.model_fields["sleeper_mib"].default
+        if self.resident_teachers is None and self.placement == "even" and self.sleeper_mib != default:
             raise ValueError(
                 "sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers"
+            )
+        if self.gpu_gib is not None and self.placement == "even":
+            raise ValueError("gpu_gib has no effect while placement is even; remove it or set placement: planned")
+        if self.resident_teachers is not None and self.placement == "planned":
+            raise ValueError(
+                "resident_teachers has no effect while placement is planned, which chooses it; remove one of them"
             )
         return self
 
@@ -431,6 +446,15 @@ class RunConfig(ConfigSection):
                         f"teacher {teacher.id!r} lists capability {capability!r} but no data carry it"
                         f"{_nearest(capability, capabilities)}; a teacher without rows would starve"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_a_folder(self) -> RunConfig:
+        streamed = [teacher.id for teacher in self.teachers if teacher.placement == "streamed"]
+        if streamed and self.cache.dir is None:
+            raise ValueError(
+                f"teacher {streamed[0]!r} is streamed from cache.dir, which is null; name a folder, or set its placement to memory"
+            )
         return self
 
     @model_validator(mode="after")

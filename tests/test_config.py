@@ -221,6 +221,18 @@ def test_a_transport_of_an_encoder_is_refused():
     assert "transport of teacher 'sample-vision' has no effect" in _error(document)
 
 
+def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
+    off = load_config(QUICKSTART, ["cache.dir=null"])
+    (tmp_path / "c.yaml").write_text(dump_config(off))
+    assert load_config(tmp_path / "c.yaml") == off
+    for override, expected in (
+        ("cache.min_parameters=5", "min_parameters has no effect while dir is null"),
+        ("teachers.sample-vision.placement=streamed", "is streamed from cache.dir, which is null"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            load_config(QUICKSTART, ["cache.dir=null", override])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

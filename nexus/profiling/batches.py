@@ -20,7 +20,7 @@ class ProfileBatch:
     loss_mask_BT: Tensor
     """True at the *target tokens* to score (the answer); position 0 is never scored."""
     inputs: Mapping[str, Tensor] | None = None
-    """What the model is given beside the ids, each with the batch in front: what the encoder of an encoder-decoder reads, or media."""
+    """What the model is given beside the ids, each with the batch in front: what an encoder-decoder's encoder reads, or media."""
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +84,9 @@ def _concatenated(members: Sequence[AnyProfileBatch]) -> AnyProfileBatch:
     inputs = {name: torch.cat([(batch.inputs or {})[name] for batch in members]) for name in members[0].inputs or {}}
     texts = [batch for batch in members if isinstance(batch, ProfileBatch)]
     if not texts:
-        labels = [batch.labels_B for batch in members if isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None]
+        labels = [
+            batch.labels_B for batch in members if isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None
+        ]
         return EncoderProfileBatch(sample_ids, inputs, torch.cat(labels) if labels else None)
     width = max(batch.input_ids_BT.shape[1] for batch in texts)
 

@@ -355,6 +355,15 @@ def test_a_starved_teacher_is_shown_as_starved(report_data: ReportData, tmp_path
     assert "no step was skipped or rolled back" in shown.text
 
 
+def test_each_teachers_share_of_the_tokens_is_shown(report_data: ReportData, tmp_path: Path) -> None:
+    tokens = {"qwen3-math": 75, "gemma3-code": 25, "hungry": 0}
+    metrics = report_data.metrics.model_copy(update={"teacher_tokens": tokens})
+    text = page_of(dataclasses.replace(report_data, metrics=metrics), tmp_path).text
+    assert "qwen3-math 75.0 %" in text
+    assert "gemma3-code 25.0 %" in text
+    assert "hungry starved" in text
+
+
 def test_events_that_are_no_numbers_change_no_curve(report_data: ReportData, tmp_path: Path) -> None:
     odd = [
         {"time": 1.0, "kind": "stage", "stage": "distill"},
