@@ -498,8 +498,8 @@ class RunConfig(ConfigSection):
             )
             if source.snr_db is not None and reads_text and "audio" not in source.towers:
                 raise ValueError(
-                    f"snr_db of capability {source.capability!r} has no effect without audio among its towers or an encoder among its "
-                    "teachers; remove it"
+                    f"snr_db of capability {source.capability!r} has no effect without audio among its towers or an encoder among "
+                    "its teachers; remove it"
                 )
         alone = "there is one teacher" if len(self.teachers) == 1 else None
         for name in ("mode", "penalty", "ramp_steps"):

@@ -1,4 +1,4 @@
-"""The average of the weights: against its formula, restored exactly, and put in place of the trained weights under all their names."""
+"""The average of the weights: against its formula, restored exactly, and put in place of trained weights under all their names."""
 
 from __future__ import annotations
 

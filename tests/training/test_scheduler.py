@@ -108,7 +108,9 @@ def test_cosine_decay_over_no_steps_is_at_its_end(total: int) -> None:
 
 
 def test_wsd_warms_up_stays_and_falls_along_one_minus_the_square_root() -> None:
-    schedule = LearningRateSchedule(optimizer(1.0), total_steps=20, warmup_steps=4, final_fraction=0.1, decay_share=0.25, kind="wsd")
+    schedule = LearningRateSchedule(
+        optimizer(1.0), total_steps=20, warmup_steps=4, final_fraction=0.1, decay_share=0.25, kind="wsd"
+    )
     fractions = [schedule.fraction(step) for step in range(22)]
     assert fractions[:4] == [0.25, 0.5, 0.75, 1.0]
     assert fractions[4:15] == [1.0] * 11
