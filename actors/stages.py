@@ -250,7 +250,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
     from nexus.training.objective import check_answered
-    from nexus.training.setup import save_tokenizer
+    from nexus.training.setup import compared_by_span, save_teacher_tokenizer, save_tokenizer
 
     config = session.config
     if inject_spike is not None:
@@ -264,7 +264,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
     )
     write_artifact(session.run.path / FACTS_FILE, TeacherFactsFile.from_facts(facts))
-    save_tokenizer(session.checkpoint_of(config.student.tokenizer), session.run.path)
+    save_tokenizer(_tokenizer_folder(session), session.run.path)
+    for teacher in compared_by_span(config, facts):
+        save_teacher_tokenizer(session.checkpoint_of(teacher), session.run.path, teacher)
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
@@ -331,11 +333,23 @@ def _progress(actor: Any) -> TrainerProgress | None:
         return None  # the train() reference tells what happened
 
 
+def _tokenizer_folder(session: Session) -> Path:
+    """Where the student's tokenizer comes from: its pretrained trunk, or a teacher."""
+    student = session.config.student
+    if student.trunk is not None:
+        return resolve_path(student.trunk)
+    assert student.tokenizer is not None, "the schema asks for one of both"
+    return session.checkpoint_of(student.tokenizer)
+
+
 def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tuple[TeacherFacts, ...]:
+    from transformers import AutoTokenizer
+
+    from nexus.towers.loader import tokenizer_hash
     from nexus.training.facts import TeacherFacts
 
     reports = session.load_reports
-    student_hash = reports[session.config.student.tokenizer].tokenizer_hash
+    student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
         TeacherFacts(
             id=teacher.id,
