@@ -84,7 +84,9 @@ def _concatenated(members: Sequence[AnyProfileBatch]) -> AnyProfileBatch:
     inputs = {name: torch.cat([(batch.inputs or {})[name] for batch in members]) for name in members[0].inputs or {}}
     texts = [batch for batch in members if isinstance(batch, ProfileBatch)]
     if not texts:
-        labels = [batch.labels_B for batch in members if isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None]
+        labels = [
+            batch.labels_B for batch in members if isinstance(batch, EncoderProfileBatch) and batch.labels_B is not None
+        ]
         return EncoderProfileBatch(sample_ids, inputs, torch.cat(labels) if labels else None)
     width = max(batch.input_ids_BT.shape[1] for batch in texts)
 

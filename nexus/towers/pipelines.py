@@ -166,7 +166,9 @@ def fill(
     dtype: torch.dtype,
 ) -> None:
     """Give an empty model its weights, one tensor at a time; matrices of the plan become NF4 as they arrive."""
-    names = [name for name in model.state_dict() if name.rpartition(".")[0] not in plan.matrices or name.endswith(".bias")]
+    names = [
+        name for name in model.state_dict() if name.rpartition(".")[0] not in plan.matrices or name.endswith(".bias")
+    ]
     for name in plan.matrices:
         empty = model.get_submodule(name)
         assert isinstance(empty, nn.Linear)
@@ -227,5 +229,3 @@ def _refuse_unfit(spec: TeacherSpec, model: nn.Module, checkpoint: Checkpoint) -
                 f"Expected shape {tuple(expected[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch the "
                 "checkpoint again."
             )
-
-

@@ -302,7 +302,12 @@ def _sd3(folder: Path) -> None:
         for _ in range(2)
     ]  # fmt: skip
     t5_tokenizer = transformers.T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((chr(code), -3.0) for code in (0x2581, *range(97, 123)))],
+        vocab=[
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", -9.0),
+            *((chr(code), -3.0) for code in (0x2581, *range(97, 123))),
+        ],
         extra_ids=0,
     )
     t5 = _build("T5EncoderModel", d_model=128, d_ff=128, d_kv=32, num_heads=4, num_layers=2, vocab_size=64)
@@ -311,10 +316,22 @@ def _sd3(folder: Path) -> None:
         caption_projection_dim=64, joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
     )  # fmt: skip
     vae = _tiny_vae(
-        "AutoencoderKL", up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False
+        "AutoencoderKL",
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
     pipeline = diffusers.StableDiffusion3Pipeline(
-        transformer, diffusers.FlowMatchEulerDiscreteScheduler(), vae, clip[0], tokenizer, clip[1], tokenizer, t5, t5_tokenizer
+        transformer,
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae,
+        clip[0],
+        tokenizer,
+        clip[1],
+        tokenizer,
+        t5,
+        t5_tokenizer,
     )
     _save_pipeline(folder, pipeline)
 
@@ -332,7 +349,11 @@ def _svd(folder: Path) -> None:
     # The pipeline shrinks every picture to 224 pixels for this encoder.
     clip = _build("CLIPVisionModelWithProjection", **_ENCODER, image_size=224, patch_size=28, projection_dim=64)
     pipeline = diffusers.StableVideoDiffusionPipeline(
-        _tiny_vae("AutoencoderKLTemporalDecoder"), clip, unet, diffusers.EulerDiscreteScheduler(), CLIPImageProcessorPil()
+        _tiny_vae("AutoencoderKLTemporalDecoder"),
+        clip,
+        unet,
+        diffusers.EulerDiscreteScheduler(),
+        CLIPImageProcessorPil(),
     )
     _save_pipeline(folder, pipeline)
 

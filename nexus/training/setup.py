@@ -92,7 +92,7 @@ def build_loop(
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
         divergence=distill.divergence,
-        transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
+        transports={teacher.id: transport_of(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         head_of=None if source is None else lambda teacher: source.head(teacher),
     )
     importance = {teacher.id: teacher.importance for teacher in teachers}
@@ -149,7 +149,8 @@ def build_loop(
     )
 
 
-def _transport(config: RunConfig, teacher: str) -> TokenTransport:
+def transport_of(config: RunConfig, teacher: str) -> TokenTransport:
+    """How a teacher's token distributions are asked for."""
     distill, kind = config.distill, config.transport_of(teacher)
     return TokenTransport(
         kind,

@@ -194,7 +194,9 @@ class SurgerySteps:
             pareto_stationary=self._plan.is_stationary(coefficients),
         )
 
-    def weighted(self, losses: Mapping[str, Tensor], result: SurgeryLoss, baselines: Mapping[str, float]) -> Tensor | None:
+    def weighted(
+        self, losses: Mapping[str, Tensor], result: SurgeryLoss, baselines: Mapping[str, float]
+    ) -> Tensor | None:
         """sum_t f_t r_t by the plan in use, and count the step; None where the plan leaves the gradient of `result.loss` as it is."""
         assert self._plan is not None
         self._age += 1

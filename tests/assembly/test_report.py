@@ -387,8 +387,14 @@ def _operated(teachers: dict[str, dict[str, float]], *, conflicts: int, stationa
 def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_disagreed(
     report_data: ReportData, tmp_path: Path
 ) -> None:
-    pair = {"gemma3-code": {"gemma3-code": 1.0, "qwen3-math": -0.3}, "qwen3-math": {"gemma3-code": -0.3, "qwen3-math": 1.0}}
-    agreed = {"gemma3-code": {"gemma3-code": 1.0, "qwen3-math": 0.1}, "qwen3-math": {"gemma3-code": 0.1, "qwen3-math": 1.0}}
+    pair = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": -0.3},
+        "qwen3-math": {"gemma3-code": -0.3, "qwen3-math": 1.0},
+    }
+    agreed = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": 0.1},
+        "qwen3-math": {"gemma3-code": 0.1, "qwen3-math": 1.0},
+    }
     alone = {"siglip-digits": {"siglip-digits": 1.0}}
     events = [
         *report_data.events,
@@ -401,7 +407,9 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
     assert "1 surgeries found a conflict, 1 found that the teachers cancel" in shown.text
     assert shown.text.count("-0.100 against in 50 %") == 2
     assert [text for text in shown.of_class("against")] == ["-0.100 against in 50 %"] * 2
-    assert shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7  # the diagonal, and who never met
+    assert (
+        shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7
+    )  # the diagonal, and who never met
 
 
 def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:

@@ -395,7 +395,9 @@ def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec,
     """On one and the same batch, the reused plan gives what a new one would."""
     gradients = {}
     for every in (1, 5):
-        loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0)
+        loop, _ = _loop(
+            spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0
+        )
         loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
         loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
         loop.objective.standardisers.clear()
@@ -413,9 +415,7 @@ def test_surgery_leaves_parameters_outside_its_subset_alone(spec, tokenizer, sub
     _gradient(operated)
     changed = {
         name.split(".")[1] if name.startswith("student.") else "maps"
-        for (name, one), two in zip(
-            plain.objective.named_parameters(), operated.objective.parameters(), strict=True
-        )
+        for (name, one), two in zip(plain.objective.named_parameters(), operated.objective.parameters(), strict=True)
         if one.grad is not None and not torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-7)
     }
     assert changed <= {"core" if subset == "trunk" else "adapters"}
@@ -523,7 +523,10 @@ def test_a_teacher_of_two_capabilities_has_the_mean_of_both_however_the_step_is_
 
     def answer(teacher, request):
         return _joined(
-            [token_targets(TEACHERS[0], (everyone[name],), tokenizer, seed=sum(map(ord, name))) for name in request.row_ids]
+            [
+                token_targets(TEACHERS[0], (everyone[name],), tokenizer, seed=sum(map(ord, name)))
+                for name in request.row_ids
+            ]
         )
 
     losses = []
