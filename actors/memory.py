@@ -107,6 +107,15 @@ def load_turn() -> Iterator[None]:
         yield
 
 
+def private_bytes() -> int:
+    """Memory of this process that no other shares."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:  # no Linux
+        return int(psutil.Process().memory_info().rss)
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
 def _pss_bytes(pid: int) -> int:
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

@@ -1,5 +1,9 @@
 """The teachers of a run as one object: create or attach, a bounded window per actor, timeouts, bounded retries per call.
 
+Where not all teachers fit together, `Sleep` says how many may be awake: another is woken when one without work has been put to
+sleep, the least recently used first. A teacher that is awake does all that waits for it before it may be put to sleep, so that a
+swap pays for as many calls as the callers ask for ahead.
+
 A teacher may have several replicas; its calls go to whichever has least to do, and it is there as long as one of them is.
 Results are kept under the caller's key until collected, in whatever order they arrive; a caller that collects in its own order
 therefore sees the same values whichever teacher was faster, slower or killed. Retries live here and not in Ray
@@ -23,6 +27,7 @@ from actors.teacher import CONTROL_GROUP, ActorHealth, LoadReport, TeacherActor,
 from nexus.errors import NexusError, TeacherUnavailableError
 
 if TYPE_CHECKING:
+    from nexus.config import RunConfig
     from nexus.towers.registry import TeacherSpec
 
 logger = logging.getLogger(__name__)
@@ -38,6 +43,24 @@ POLL_S = 0.5
 def actor_name(teacher: str, replica: int = 0) -> str:
     """Name under which an actor of a teacher is found in the run's namespace: `teacher:ID`, `teacher:ID#2`, `teacher:ID#3`."""
     return f"teacher:{teacher}{replica_suffix(replica)}"
+
+
+SLEEP_TIMEOUT_S = 120.0
+"""Putting a model aside copies its weights at most once; longer than that, the process is restarted."""
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """How teachers share memory that does not hold them all."""
+
+    residents: int
+    """Teachers that are awake at a time; on each device, the pinned ones aside."""
+    max_kept_bytes: int
+    """Private memory that the process of a sleeping teacher may keep; beyond it, it is restarted, which gives back everything."""
+    pinned: frozenset[str] = frozenset()
+    """Teachers that never sleep."""
+    device_of: Mapping[str, str] = field(default_factory=dict)
+    """Teacher -> device; those that it leaves out share one."""
 
 
 @dataclass
@@ -68,6 +91,14 @@ class _Lane:
         return sum(flying == replica for flying, _ in self.in_flight.values())
 
 
+def sleep_of(config: RunConfig) -> Sleep | None:
+    """How the teachers of a run share memory; None when all stay awake."""
+    residents = config.cluster.resident_teachers
+    if residents is None or residents >= len(config.teachers):
+        return None
+    return Sleep(residents, config.cluster.sleeper_mib * 2**20)
+
+
 class TeacherPool:
     """Calls teachers by id; not thread-safe."""
 
@@ -80,6 +111,7 @@ class TeacherPool:
         max_retries: int,
         on_event: Callable[[str, str, str], None] | None = None,
         check: Callable[[], None] | None = None,
+        sleep: Sleep | None = None,
     ) -> None:
         """`handles` are the replicas of each teacher.
 
@@ -93,6 +125,11 @@ class TeacherPool:
         self._check = check
         self._done: dict[Hashable, Any] = {}
         self._pending: set[Hashable] = set()
+        self._sleep = sleep
+        self._awake: dict[str, None] = {}
+        """The least recently used first; kept only where teachers sleep."""
+        self.swaps = 0
+        """Times that a teacher was put to sleep."""
 
     @classmethod
     def start(
@@ -101,17 +138,22 @@ class TeacherPool:
         *,
         replicas: Mapping[str, int] | None = None,
         torch_threads: int,
-        num_gpus: float,
+        num_gpus: float = 0.0,
+        places: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
         window: int,
         timeout_s: float,
         max_retries: int,
         load_timeout_s: float,
         check: Callable[[], None] | None = None,
+        sleep: Sleep | None = None,
     ) -> tuple[TeacherPool, dict[str, LoadReport]]:
         """Create the teachers' actors and load them, a few at a time on each node.
 
         Args:
             replicas: actors of each teacher; one where nothing is said.
+            num_gpus: of each actor, where `places` says nothing.
+            places: options of each replica of a teacher: its part of a GPU, and which one.
+            sleep: None keeps all awake.
 
         Raises:
             TowerLoadError: from the first teacher that cannot load.
@@ -119,7 +161,12 @@ class TeacherPool:
         """
         remote = ray.remote(concurrency_groups={CONTROL_GROUP: 1})(TeacherActor)  # type: ignore[call-overload]  # Ray left it out of its types
         pool = cls(
-            {spec.id: () for spec in specs}, window=window, timeout_s=timeout_s, max_retries=max_retries, check=check
+            {spec.id: () for spec in specs},
+            window=window,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            check=check,
+            sleep=sleep,
         )
         at_once = LOADS_AT_ONCE * sum(node["Alive"] for node in ray.nodes())
         reports: dict[Hashable, LoadReport] = {}
@@ -134,8 +181,9 @@ class TeacherPool:
                     name=actor_name(spec.id, replica),
                     get_if_exists=True,
                     num_cpus=0,
-                    num_gpus=num_gpus,
-                    max_restarts=MAX_RESTARTS,
+                    **(places[spec.id][replica] if places else {"num_gpus": num_gpus}),
+                    # A restart that gives back a sleeper's memory counts as well.
+                    max_restarts=MAX_RESTARTS if sleep is None else -1,
                     max_task_retries=0,
                     max_pending_calls=4 * window + 16,
                     allow_out_of_order_execution=True,
@@ -155,6 +203,7 @@ class TeacherPool:
         timeout_s: float,
         max_retries: int,
         on_event: Callable[[str, str, str], None] | None = None,
+        sleep: Sleep | None = None,
     ) -> TeacherPool:
         """The pool of actors that another process of the run created, with all their replicas.
 
@@ -168,7 +217,7 @@ class TeacherPool:
                 raise TeacherUnavailableError(
                     f"Expected the actor {actor_name(teacher)!r} in this run's namespace, found none. Start the run again."
                 )
-        return cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, on_event=on_event)
+        return cls(handles, window=window, timeout_s=timeout_s, max_retries=max_retries, on_event=on_event, sleep=sleep)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -237,13 +286,16 @@ class TeacherPool:
 
     def _queue(self, call: _Call) -> None:
         assert call.key not in self._pending | self._done.keys(), f"key {call.key!r} is in use"
+        if self._sleep is not None and not self._pending:
+            # Another pool of this run may have worked with the teachers meanwhile.
+            self._look_who_is_awake()
         self._pending.add(call.key)
         self._lanes[call.teacher].waiting.append(call)
         self._pump()
 
     def _pump(self) -> None:
-        for lane in self._lanes.values():
-            while lane.waiting:
+        for teacher, lane in self._lanes.items():
+            while lane.waiting and self._wake(teacher):
                 call = lane.waiting[0]
                 # Of equals the first.
                 replica = min(lane.handles, key=lane.load_of) if call.replica is None else call.replica
@@ -255,6 +307,78 @@ class TeacherPool:
                 call.deadline = time.monotonic() + call.timeout_s * (lane.load_of(replica) + 1)
                 reference = getattr(lane.handles[replica], call.method).remote(*call.arguments)
                 lane.in_flight[reference] = (replica, call)
+
+    # --- sleep --------------------------------------------------------------------------------------------------------------------
+
+    def _wake(self, teacher: str) -> bool:
+        """Whether a teacher may be asked; its first call then wakes it. Not while all that are awake have work."""
+        if self._sleep is None:
+            return True
+        if teacher not in self._awake and teacher not in self._sleep.pinned:
+            while len(neighbours := self._awake_beside(teacher)) >= self._sleep.residents:
+                idle = [
+                    name for name in neighbours if not self._lanes[name].waiting and not self._lanes[name].in_flight
+                ]
+                if not idle:
+                    return False
+                self._put_to_sleep(idle[0])
+        self._awake.pop(teacher, None)
+        self._awake[teacher] = None
+        return True
+
+    def _awake_beside(self, teacher: str) -> list[str]:
+        """Those on the same device that might make room, the least recently used first."""
+        assert self._sleep is not None
+        device = self._sleep.device_of.get(teacher)
+        return [
+            name for name in self._awake if name not in self._sleep.pinned and self._sleep.device_of.get(name) == device
+        ]
+
+    def _put_to_sleep(self, teacher: str) -> None:
+        assert self._sleep is not None
+        self.swaps += 1
+        self._awake.pop(teacher)
+        for replica, handle in self._lanes[teacher].handles.items():
+            try:
+                kept = ray.get(handle.sleep.remote(), timeout=SLEEP_TIMEOUT_S)
+            except (GetTimeoutError, RayActorError):
+                kept = None
+            if kept is None or kept > self._sleep.max_kept_bytes:
+                self._restart(teacher, replica)
+
+    def _restart(self, teacher: str, replica: int) -> None:
+        """End an actor's process and wait for the next one: calls to an actor that is restarting would count as its failures."""
+        before = self._incarnation(teacher, replica)
+        ray.kill(self._lanes[teacher].handles[replica], no_restart=False)
+        limit = time.monotonic() + SLEEP_TIMEOUT_S
+        while time.monotonic() < limit:
+            if self._check:
+                self._check()
+            if self._incarnation(teacher, replica) not in (None, before):
+                logger.info("teacher %s: process restarted to give back its memory", teacher)
+                return
+            time.sleep(POLL_S)
+
+    def _incarnation(self, teacher: str, replica: int) -> str | None:
+        """None while it does not answer."""
+        try:
+            return self.health(teacher, replica=replica).incarnation
+        except TeacherUnavailableError:
+            return None
+
+    def _look_who_is_awake(self) -> None:
+        found = [
+            teacher for teacher, lane in self._lanes.items() if any(self._is_loaded(teacher, r) for r in lane.handles)
+        ]
+        self._awake = {**{name: None for name in self._awake if name in found}, **dict.fromkeys(found)}
+
+    def _is_loaded(self, teacher: str, replica: int) -> bool:
+        try:
+            return self.health(teacher, replica=replica).loaded
+        except TeacherUnavailableError:
+            return False  # it is restarting, and a restarted process holds no model
+
+    # --- calls --------------------------------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
         if self._check:

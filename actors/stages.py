@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,21 +201,22 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
                 capability=source.capability,
                 paths=_paths(source.pool),
                 skip_rows=writer.rows,
-                max_rows=None,
+                max_rows=None if settings.max_rows is None else max(0, settings.max_rows - writer.rows),
                 method="answer",
                 arguments=(source.max_new_tokens, None),
                 batch_size=settings.batch_size,
             )
         )
-    if works:
-        done = 0
-        for answer in session.stream(works, "nexus extract"):
+    done = 0
+    for wave in _waves(works, config.cluster.resident_teachers):
+        for answer in session.stream([works[index] for index in wave], "nexus extract"):
+            index = wave[answer.work]
             if answer.records:
-                writers[answer.work].write(answer.records, answer.result)
+                writers[index].write(answer.records, answer.result)
             done += len(answer.records)
-            session.reporter.progress("extract", done, None, works[answer.work].teacher)
-        for writer in writers:
-            writer.finish()
+            session.reporter.progress("extract", done, None, works[index].teacher)
+        for index in wave:
+            writers[index].finish()
     outputs, summary = _extract_scores(session)
     for teacher, source in _language_assignments(session):
         folder = session.run.path / "targets" / teacher
@@ -311,6 +312,15 @@ def _profiles(session: Session) -> dict[str, NIWTProfile]:
     }
 
 
+def _waves(works: Sequence[TeacherWork], residents: int | None) -> Iterator[list[int]]:
+    """Indices of the works whose teachers are awake together, wave by wave: each teacher is woken once."""
+    teachers = list(dict.fromkeys(work.teacher for work in works))
+    size = residents or len(works)
+    for start in range(0, len(teachers), max(1, size)):
+        wave = teachers[start : start + size]
+        yield [index for index, work in enumerate(works) if work.teacher in wave]
+
+
 def _language_assignments(session: Session) -> list[tuple[str, DataConfig]]:
     """Teacher and data of every language teacher, whose completions are generated."""
     roles = session.roles
@@ -329,6 +339,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     """Train the student from its teachers and, beside it, the same student from the labelled rows alone."""
     import ray
 
+    from actors.pool import sleep_of
     from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
@@ -347,7 +358,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
-    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    planned = session.planned_places
+    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(
@@ -357,8 +369,10 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share}
+        options = session.actor_options(f"trainer:{student}")
+        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}

@@ -7,13 +7,15 @@ functions of their request: the pool may repeat a call after a crash.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from actors.memory import load_turn, release_freed_memory
+from actors.memory import load_turn, private_bytes, release_freed_memory
+from nexus.towers.health import FingerprintChangedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
     from nexus.towers.packing import PackedTargets
+    from nexus.towers.parking import ParkedWeights
     from nexus.towers.registry import TeacherSpec
     from nexus.towers.targets import ScoreRequest, TeacherHead
     from nexus.towers.tax import TaxMeasurement
@@ -73,6 +76,8 @@ class TeacherActor:
         self._replica = replica
         self._torch_threads = torch_threads
         self._engine: TeacherEngine | None = None
+        self._parked: ParkedWeights | None = None
+        """Of a model that sleeps in the node's memory."""
         self._report: LoadReport | None = None
         self._incarnation = f"{os.getpid()}-{time.time_ns()}"
         self._calls = 0
@@ -91,6 +96,23 @@ class TeacherActor:
         self._loaded()
         assert self._report is not None
         return self._report
+
+    def sleep(self) -> int:
+        """Put the model aside; the next call wakes it. Returns the bytes of private memory that this process keeps.
+
+        On a GPU the weights move to pinned memory of the node and come back as they were. Elsewhere they are dropped, and read
+        again from the checkpoint.
+        """
+        if self._engine is not None:
+            if self._engine.tower.model.device.type == "cuda":
+                from nexus.towers.parking import park
+
+                self._parked = park(self._engine.tower.model)
+            else:
+                self._engine = None
+            gc.collect()
+            release_freed_memory()
+        return private_bytes()
 
     def score(self, request: ScoreRequest) -> PackedTargets:
         """Targets for the trainer, packed: what leaves this process is what they take."""
@@ -137,7 +159,8 @@ class TeacherActor:
 
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
-        return ActorHealth(os.getpid(), self._incarnation, self._engine is not None, self._calls, self._busy_seconds)
+        is_awake = self._engine is not None and self._parked is None
+        return ActorHealth(os.getpid(), self._incarnation, is_awake, self._calls, self._busy_seconds)
 
     def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_seldom`, counted as work on a profile."""
@@ -164,6 +187,11 @@ class TeacherActor:
         return result
 
     def _loaded(self) -> TeacherEngine:
+        if self._engine is not None and self._parked is not None:
+            from nexus.towers.parking import unpark
+
+            unpark(self._engine.tower.model, self._parked)
+            self._parked = None
         if self._engine is None:
             import torch
             from transformers.utils.logging import disable_progress_bar
@@ -179,6 +207,7 @@ class TeacherActor:
                 start = time.perf_counter()
                 tower = load_tower(self._spec)
             engine = TeacherEngine(tower, teacher_id=self._spec.id)
+            before = None if self._report is None else self._report.fingerprint
             weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(
                 teacher=self._spec.id,
@@ -196,6 +225,12 @@ class TeacherActor:
                 from_cache=tower.from_cache,
                 seconds=time.perf_counter() - start,
             )
+            if before is not None and before != tower.fingerprint:
+                raise FingerprintChangedError(
+                    self._spec.id,
+                    f"Expected teacher {self._spec.id!r} to wake with fingerprint {before}, found {tower.fingerprint}: its "
+                    "files changed.",
+                )
             self._metrics = TeacherMetrics(self._spec.id)
             self._metrics.loaded(weight_bytes)
             self._engine = engine

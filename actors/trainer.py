@@ -21,7 +21,7 @@ from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 
 if TYPE_CHECKING:
     from actors.metrics import TrainerMetrics
-    from actors.pool import TeacherPool
+    from actors.pool import Sleep, TeacherPool
     from nexus.run import EventLog
     from nexus.student.memory import NexusStudent
     from nexus.training.facts import TeacherFacts
@@ -44,6 +44,8 @@ class TrainerPlan:
     """`distilled` or `labels_only`; names the checkpoint folder and the events."""
     teachers: tuple[TeacherFacts, ...]
     inject_spike: str | None
+    sleep: Sleep | None = None
+    """How its teachers share memory; None when all stay awake."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ class TrainerActor:
                 window=config.distill.window,
                 timeout_s=config.distill.target_timeout_s,
                 max_retries=config.distill.max_retries,
+                sleep=self._plan.sleep,
                 on_event=lambda kind, teacher, reason: events.write(
                     {
                         "kind": "restart" if kind == "retry" else kind,

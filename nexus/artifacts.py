@@ -141,9 +141,8 @@ class NIWTProfile(StrictModel):
     """Which part of the teacher the layers are of."""
     path: str | None = None
     """Dotted path of the profiled blocks inside the teacher's model."""
-    encoder: NIWTProfile | None = None
-    """Of an encoder-decoder, the profile of its encoder's layers on the same samples: what they are worth to the text. The layers
-    above are then its decoder's."""
+    other_side: NIWTProfile | None = None
+    """Of an encoder-decoder, the profile of its other side's layers on the same samples."""
 
 
 # --- metrics.json -------------------------------------------------------------------------------------------------------------

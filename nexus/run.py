@@ -208,3 +208,8 @@ def _differences(old: Any, new: Any, place: str) -> list[tuple[str, Any, Any]]:
             for item in _differences(*pair, f"{place}.{index}")
         ]
     return [] if old == new else [(place, old, new)]
+
+
+def student_profile_path(run_dir: Path, capability: str) -> Path:
+    """Where the profile of the finished student on one capability is kept."""
+    return run_dir / "student_profile" / f"{capability}.json"

@@ -58,6 +58,66 @@ class Curve:
     logarithmic: bool
 
 
+@dataclass(frozen=True)
+class DepthCurve:
+    """One model's layers in a DepthChart."""
+
+    line: str
+    """SVG path through the layers."""
+    points: tuple[tuple[float, float], ...]
+    whiskers: tuple[tuple[float, float, float], ...]
+    """(x, upper end, lower end) of each layer's interval."""
+
+
+@dataclass(frozen=True)
+class DepthChart:
+    """Models of any depth over one axis, ready to draw in a WIDTH x HEIGHT box."""
+
+    curves: tuple[DepthCurve, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+def depth_chart(models: Sequence[Sequence[tuple[float, float, float]]]) -> DepthChart:
+    """The drawing of (effect, low, high) of every layer of some models, from input (depth 0) to output (depth 1).
+
+    Effects are drawn as shares of the model's own largest one, because models are measured in different units; a layer stands at
+    the middle of its share of the depth.
+    """
+    shares = []
+    for layers in models:
+        values = np.array(layers, dtype=np.float64)
+        largest = float(np.abs(values[:, 0]).max())
+        shares.append(values / (largest if largest > 0 else 1.0))
+    low, high, ticks = _linear_axis(np.concatenate([values.ravel() for values in shares]))
+
+    def y_of(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+
+    def x_of(depth: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * depth
+
+    curves = []
+    for values in shares:
+        places = [x_of((layer + 0.5) / len(values)) for layer in range(len(values))]
+        points = [(x, y_of(float(effect))) for x, effect in zip(places, values[:, 0], strict=True)]
+        whiskers = [
+            (x, y_of(float(top)), y_of(float(bottom))) for x, (_, bottom, top) in zip(places, values, strict=True)
+        ]
+        curves.append(
+            DepthCurve(
+                line=_path(points),
+                points=tuple((round(x, 1), round(y, 1)) for x, y in points),
+                whiskers=tuple((round(x, 1), round(top, 1), round(bottom, 1)) for x, top, bottom in whiskers),
+            )
+        )
+    return DepthChart(
+        curves=tuple(curves),
+        x_ticks=tuple(Tick(round(x_of(quarter / 4), 1), f"{quarter / 4:g}") for quarter in range(5)),
+        y_ticks=tuple(Tick(round(y_of(value), 1), f"{100 * value:.0f} %") for value in ticks),
+    )
+
+
 def curve(points: Sequence[tuple[int, float]], events: Sequence[tuple[int, str, str]], last_step: int) -> Curve | None:
     """The drawing of (step, loss) points with (step, kind, title) events over steps 0..last_step; None without a finite point.
 

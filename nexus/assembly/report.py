@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ from nexus.config import DataConfig, RunConfig, dump_config, load_config
 from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
+from nexus.run import student_profile_path
 
 TEMPLATE = "report.html.jinja"
 TABLE_HEADER = (
@@ -109,6 +110,8 @@ class ReportData:
     samples: Sequence[SampleRow]
     finished: datetime
     """When the metrics were written."""
+    student_profiles: Mapping[str, NIWTProfile] = field(default_factory=dict)
+    """Capability -> profile of the finished student; empty unless `nexus profile --bundle` measured it."""
     version: str = nexus.__version__
 
 
@@ -134,13 +137,19 @@ def load_report_data(run_dir: Path) -> ReportData:
         raise ArtifactError(
             f"Expected {metrics_path}, found no such file. Run `nexus evaluate` (or `nexus pipeline`, which continues)."
         )
+    config = load_config(config_path)
     return ReportData(
-        config=load_config(config_path),
+        config=config,
         metrics=read_artifact(metrics_path, Metrics),
         profiles=tuple(read_artifact(path, NIWTProfile) for path in sorted((run_dir / "profile").glob("*.json"))),
         events=tuple(_read_events(run_dir / "events.jsonl")),
         samples=read_artifact(samples_path, Samples).rows if samples_path.is_file() else (),
         finished=datetime.fromtimestamp(metrics_path.stat().st_mtime, tz=timezone.utc),
+        student_profiles={
+            source.capability: read_artifact(path, NIWTProfile)
+            for source in config.data
+            if (path := student_profile_path(run_dir, source.capability)).is_file()
+        },
     )
 
 
@@ -158,7 +167,8 @@ def write_report(data: ReportData, path: Path) -> None:
         retention=_retention_rows(data.metrics),
         axis=_retention_axis(data.metrics),
         training=_training(data),
-        profiles=[_heat_row(profile) for profile in data.profiles],
+        profiles=[_heat_row(profile, data.config) for profile in data.profiles],
+        comparisons=list(_comparisons(data)),
         max_layers=max((profile.num_layers for profile in data.profiles), default=0),
         router=None if data.metrics.router is None else _confusion(data.metrics.router),
         stages=_stage_rows(data.metrics),
@@ -303,8 +313,21 @@ class _CapabilityRow:
 @dataclass(frozen=True)
 class _HeatRow:
     profile: NIWTProfile
+    covers: tuple[str, ...]
+    """Capabilities whose rows it was measured on."""
     cells: tuple[_HeatCell, ...]
     capabilities: tuple[_CapabilityRow, ...]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One teacher's layers beside the student's, on the rows of one capability."""
+
+    capability: str
+    teacher: NIWTProfile
+    student: NIWTProfile
+    chart: charts.DepthChart
+    """The teacher's curve first."""
 
 
 @dataclass(frozen=True)
@@ -501,11 +524,12 @@ def _conflicts(surgeries: Sequence[Mapping[str, object]]) -> _Conflicts | None:
     )
 
 
-def _heat_row(profile: NIWTProfile) -> _HeatRow:
+def _heat_row(profile: NIWTProfile, config: RunConfig) -> _HeatRow:
     heats = _heats(profile.layers)
     weights = {layer.layer: layer.weight for layer in profile.critical_layers}
     return _HeatRow(
         profile=profile,
+        covers=next((teacher.capabilities for teacher in config.teachers if teacher.id == profile.teacher), ()),
         cells=tuple(
             _HeatCell(layer=layer, heat=heat, critical_weight=weights.get(layer.layer))
             for layer, heat in zip(profile.layers, heats, strict=True)
@@ -515,6 +539,22 @@ def _heat_row(profile: NIWTProfile) -> _HeatRow:
             for capability, effects in profile.capabilities.items()
         ),
     )
+
+
+def _comparisons(data: ReportData) -> Iterator[_Comparison]:
+    """The student beside every teacher of each capability that it was profiled on."""
+    for capability, student in data.student_profiles.items():
+        taught = {teacher.id for teacher in data.config.teachers_of(capability)}
+        for teacher in data.profiles:
+            if teacher.teacher in taught:
+                layers = teacher.capabilities.get(capability, teacher.layers)
+                models = (layers, student.layers)
+                yield _Comparison(
+                    capability=capability,
+                    teacher=teacher,
+                    student=student,
+                    chart=charts.depth_chart([[(layer.delta_nll, *layer.ci95) for layer in model] for model in models]),
+                )
 
 
 def _heats(layers: Sequence[LayerProfile] | Sequence[LayerEffect]) -> list[float]:

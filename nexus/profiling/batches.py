@@ -20,7 +20,7 @@ class ProfileBatch:
     loss_mask_BT: Tensor
     """True at the *target tokens* to score (the answer); position 0 is never scored."""
     inputs: Mapping[str, Tensor] | None = None
-    """What the model is given beside the ids, each with the batch in front: what the encoder of an encoder-decoder reads, or media."""
+    """What the model is given beside the ids, each with the batch in front: what an encoder-decoder's encoder reads, or media."""
 
     @property
     def num_rows(self) -> int:

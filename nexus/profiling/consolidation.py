@@ -78,8 +78,8 @@ class BatchMeasurement:
     side: Side | None = None
     path: str | None = None
     """Where the layers are (`BlockStack`)."""
-    encoder: BatchMeasurement | None = None
-    """Of an encoder-decoder, whose decoder's layers these are: what its encoder's layers do on the same samples."""
+    other_side: BatchMeasurement | None = None
+    """Of an encoder-decoder: what the layers of its other side do on the same samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class ConfirmationPlan:
     probe: LinearProbe | None
     seed: int
     """Of the noise."""
-    encoder: ConfirmationPlan | None = None
+    other_side: ConfirmationPlan | None = None
     """Of an encoder-decoder."""
 
 
@@ -119,7 +119,7 @@ class ConfirmationMeasurement:
     """bool; whether the linear probe names the label, each layer skipped in turn."""
     generated_correct_VB: np.ndarray | None
     """bool; whether the greedy completion holds the answer, each layer skipped in turn; None where verification is equivalent."""
-    encoder: ConfirmationMeasurement | None = None
+    other_side: ConfirmationMeasurement | None = None
     """Of an encoder-decoder."""
 
 
@@ -140,7 +140,7 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
     # Floating-point sums depend on their order: ids fix it, and the values fix it where ids repeat.
     ordered = sorted(measurements, key=lambda m: (m.sample_ids, m.delta_LB.tolist()))
     first = ordered[0]
-    encoders = [m.encoder for m in ordered if m.encoder is not None]
+    others = [m.other_side for m in ordered if m.other_side is not None]
     sample_ids = [sample_id for m in ordered for sample_id in m.sample_ids]
     by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
     return BatchMeasurement(
@@ -164,7 +164,7 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
         probe=_merged_probe([m.probe for m in ordered]),
         side=first.side,
         path=first.path,
-        encoder=merge_measurements(encoders) if encoders else None,
+        other_side=merge_measurements(others) if others else None,
     )
 
 
@@ -177,7 +177,7 @@ def plan_confirmation(merged: BatchMeasurement, *, seed: int) -> ConfirmationPla
         subspaces=tuple(merged.comoments_L[layer].subspace() for layer in critical),
         probe=None if merged.probe is None else merged.probe.fit(),
         seed=seed,
-        encoder=None if merged.encoder is None else plan_confirmation(merged.encoder, seed=seed),
+        other_side=None if merged.other_side is None else plan_confirmation(merged.other_side, seed=seed),
     )
 
 
@@ -185,7 +185,7 @@ def merge_confirmations(parts: Sequence[ConfirmationMeasurement]) -> Confirmatio
     """Return one measurement of all samples, at least one, sorted by sample id whatever the order given."""
     sample_ids = [sample_id for part in parts for sample_id in part.sample_ids]
     by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
-    encoders = [part.encoder for part in parts if part.encoder is not None]
+    others = [part.other_side for part in parts if part.other_side is not None]
 
     def effects(chosen: Sequence[Effects]) -> Effects:
         return Effects(
@@ -201,7 +201,7 @@ def merge_confirmations(parts: Sequence[ConfirmationMeasurement]) -> Confirmatio
         reconstruction=effects([part.reconstruction for part in parts]),
         probe_correct_VB=_concatenate([part.probe_correct_VB for part in parts], by_id),
         generated_correct_VB=_concatenate([part.generated_correct_VB for part in parts], by_id),
-        encoder=merge_confirmations(encoders) if encoders else None,
+        other_side=merge_confirmations(others) if others else None,
     )
 
 
@@ -338,30 +338,32 @@ def consolidate(
         else {},
         side=merged.side,
         path=merged.path,
-        encoder=None
-        if merged.encoder is None
+        other_side=None
+        if merged.other_side is None
         else consolidate(
-            [merged.encoder],
+            [merged.other_side],
             teacher=teacher,
             revision=revision,
             seconds=seconds,
             seed=seed,
             num_resamples=num_resamples,
             partial=partial,
-            confirmations=[c.encoder for c in confirmations if c.encoder is not None],
+            confirmations=[c.other_side for c in confirmations if c.other_side is not None],
             capabilities=None
             if capabilities is None
-            else {name: [m.encoder for m in parts if m.encoder is not None] for name, parts in capabilities.items()},
+            else {
+                name: [m.other_side for m in parts if m.other_side is not None] for name, parts in capabilities.items()
+            },
             stopped_early=stopped_early,
-            tensors=tensors,
+            tensors=tensors if critical else None,
         ),
     )
 
 
 def write_tensors(path: Path, merged: BatchMeasurement, plan: ConfirmationPlan) -> None:
     """Write the critical layers' statistics as safetensors, atomically: for each `layers.<index>.` `mean`, `variance`, `kurtosis`,
-    `abs_max`, `importance_mask` [D], `pca_basis` [K, D] (orthonormal rows), `pca_mean` and `eigenvalues` [D]. The encoder's of an
-    encoder-decoder are under `encoder.layers.<index>.`.
+    `abs_max`, `importance_mask` [D], `pca_basis` [K, D] (orthonormal rows), `pca_mean` and `eigenvalues` [D]. Those of an
+    encoder-decoder's other side are under `other_side.layers.<index>.`.
 
     Raises:
         ArtifactError: when the disk refuses.
@@ -380,8 +382,10 @@ def _tensors_of(merged: BatchMeasurement, plan: ConfirmationPlan) -> dict[str, n
         }
         # safetensors writes the memory as it lies: a view in another order would come back transposed.
         tensors |= {f"layers.{layer}.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
-    if merged.encoder is not None and plan.encoder is not None:
-        tensors |= {f"encoder.{name}": array for name, array in _tensors_of(merged.encoder, plan.encoder).items()}
+    if merged.other_side is not None and plan.other_side is not None:
+        tensors |= {
+            f"other_side.{name}": array for name, array in _tensors_of(merged.other_side, plan.other_side).items()
+        }
     return tensors
 
 

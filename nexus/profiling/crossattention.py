@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class PassThroughLayer(DynamicLayer):
@@ -53,12 +53,10 @@ class SharedCrossCache(DynamicCache):
         return states_BHSD if self._read_N is None else states_BHSD.index_select(0, self._read_N)
 
 
-class _SharedLayer(CacheLayerMixin):
+class _SharedLayer(DynamicLayer):
     """The cross-attention of one block. Attention reads `keys` and `values` and never updates them."""
 
-    is_sliding = False
-
-    # CacheLayerMixin's own constructor would set keys and values, which are computed here.
+    # The base's constructor would set keys and values, which are computed here.
     def __init__(self, owner: SharedCrossCache, keys_BHSD: Tensor, values_BHSD: Tensor) -> None:
         self._owner = owner
         self._states = (keys_BHSD, values_BHSD)
@@ -74,21 +72,10 @@ class _SharedLayer(CacheLayerMixin):
         """[rows, H, S, D]."""
         return self._owner.of_rows(self._states[1])
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the layer begins full."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: a model that projects again does not use what is shared."""
-        raise NotImplementedError("Expected cross-attention to read its cache, found new keys and values.")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many positions there are, and that none came before them."""
-        return self.get_seq_length(), 0
-
     def get_seq_length(self) -> int:
-        """Return the number of positions of the encoder."""
+        """Return the number of positions of the encoder, without copying any."""
         return self._states[0].shape[2]
 
-    def get_max_length(self) -> int:
-        """Return the same: it does not grow."""
-        return self.get_seq_length()
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: a model that projects again does not read what is shared."""
+        raise NotImplementedError("Expected cross-attention to read its cache, found new keys and values.")

@@ -9,7 +9,7 @@ leave the batch. Shape letters: L blocks, B samples, R live rows of L+1 ablation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +132,17 @@ def stacked_generations(
     tokens_RA = torch.full((num_variants * batch_size, max_new_tokens), stop.pad_id)
     decode = GreedyDecode(model, inputs)
 
+    handed_on: list[Any] = []
+
     def sweep_prompt(call: BlockCall) -> Tensor:
+        if call.is_given(handed_on):
+            raise NotStackableError(
+                f"Expected blocks at '{stack.path}' to give the next one their hidden states alone, found more: rows that skip a "
+                "block have nothing else to hand on. Use strategy='brute'."
+            )
         live = call.index + 1
         output = call.run(call.hidden_RTD, stacked_rows(live, batch_size, device) if live > 1 else None)
+        handed_on[:] = call.extras or ()
         return torch.cat([output, call.hidden_RTD[:batch_size]])
 
     with stack.intercept(sweep_prompt) as calls:
@@ -191,20 +199,20 @@ def _decode_apart(
 ) -> Tensor:
     """Fill in and return the tokens [R, A] of rows that share nothing: each ablation of an encoder is heard differently."""
     batch_size, device = len(decode.inputs.input_ids_BT), logits_RV.device
-    id_R = torch.arange(len(tokens_RA))
+    id_R = next_R = torch.arange(len(tokens_RA))
     for step in range(tokens_RA.shape[1]):
+        logits_RV = logits_RV if step == 0 else decode.step(next_R.to(device))
         next_R = _greedy(logits_RV, stack)
         tokens_RA[id_R, step] = next_R
         alive_R = ~torch.isin(next_R, eos_E)
-        if step + 1 == tokens_RA.shape[1] or not alive_R.any():
-            break
+        if not alive_R.any():
+            return tokens_RA
         if not alive_R.all():
             keep_R = alive_R.nonzero()[:, 0].to(device)
             id_R, next_R = id_R[alive_R], next_R[alive_R]
-            decode.cache.reorder_cache(keep_R)
+            decode.cache.reorder_cache(cast(torch.LongTensor, keep_R))
             decode.mask_RT = decode.mask_RT[keep_R]
             decode.inputs.rows_are((id_R % batch_size).to(device))
-        logits_RV = decode.step(next_R.to(device))
     return tokens_RA
 
 

@@ -87,11 +87,6 @@ def encoding_part(model: PreTrainedModel) -> PreTrainedModel:
     return part
 
 
-def counts_from_the_left(model: PreTrainedModel) -> bool:
-    """Return whether a decoder takes the first column for the first position, whatever the mask says."""
-    return bool(model.config.is_encoder_decoder) and not accepts(model, "decoder_position_ids")
-
-
 def left_aligned(mask_BT: Tensor, tensors_BT: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors with each row's padding on the left moved to its right."""
     columns_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
@@ -142,7 +137,7 @@ class _EncoderDecoderInputs:
         self.input_ids_BT, self.attention_mask_BT = input_ids_BT, attention_mask_BT
         self._model = model
         self._encoder_inputs = encoder_inputs
-        self._counts = not counts_from_the_left(model)
+        self._counts = accepts(model, "decoder_position_ids")
         if not self._counts and not bool(attention_mask_BT[:, 0].all()):
             raise ValueError(
                 f"Expected decoder ids without padding on the left, because {type(model).__name__} counts positions itself, found "
@@ -163,7 +158,7 @@ class _EncoderDecoderInputs:
         self.rows_are(self._sample_B)
         past = DynamicCache()
         if not use_cache:
-            past.layers = [PassThroughLayer() for _ in self._cross.layers]
+            past.layers = [PassThroughLayer() for _ in self._cross.layers]  # type: ignore[no-untyped-call]
         return {
             **self._text(self.input_ids_BT, self.attention_mask_BT),
             "encoder_outputs": self._heard(),

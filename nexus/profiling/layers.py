@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nexus.errors import ProfilingError
+from nexus.errors import NotANumberError, ProfilingError
 from nexus.profiling.crossattention import SharedCrossCache
 
 # Where a block's side inputs keep the batch when it is not in front: multi-axis rotary embeddings put their sections before it.
@@ -64,6 +64,16 @@ class BlockCall:
         self.extras = output[1:]
         hidden: Tensor = output[0]
         return hidden
+
+    def add_rows(self, rows: Rows) -> None:
+        """Give what the block returned beside its hidden states `rows` of its rows: some models hand it on to the next block."""
+        if self.extras is not None:
+            self.extras = _select_rows("", self.extras, rows)
+
+    def is_given(self, extras: Sequence[Any]) -> bool:
+        """Return whether a tensor among what an earlier block returned beside its hidden states came with the call."""
+        given = [id(value) for value in (*self._args, *self._kwargs.values())]
+        return any(isinstance(extra, Tensor) and id(extra) in given for extra in extras)
 
 
 BlockHandler = Callable[[BlockCall], Tensor]
@@ -129,9 +139,9 @@ class BlockStack:
             "these blocks do not process this input. Pass layers= with the path of the blocks that do."
         )
 
-    def not_a_number(self) -> ProfilingError:
+    def not_a_number(self) -> NotANumberError:
         """Return the error for a model, or an ablation, that gives NaN."""
-        return ProfilingError(
+        return NotANumberError(
             f"Expected outputs of the model and of its ablations at '{self.path}' to be numbers, found NaN. Load the model in "
             "a wider compute dtype (float32), or leave out the rows that cause it."
         )
@@ -238,9 +248,9 @@ def _stack(model: PreTrainedModel, path: str, blocks: Sequence[nn.Module]) -> Bl
 
 
 def _longest_list(base: nn.Module) -> list[nn.Module] | None:
-    candidates = [m for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
+    candidates = [list(m) for m in base.modules() if isinstance(m, nn.ModuleList) and _holds_blocks(m)]
     # max keeps the first of equals: the outermost list.
-    return list(max(candidates, key=len)) if candidates else None
+    return max(candidates, key=len) if candidates else None
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:

@@ -9,6 +9,7 @@ V = L+1 variants (the clean one first), N scored tokens, D width.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,9 +50,9 @@ from nexus.profiling.cost import (
     sweep_seconds,
 )
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
-from nexus.profiling.inputs import ModelInputs, counts_from_the_left, encoding_part, left_aligned, model_inputs
+from nexus.profiling.inputs import ModelInputs, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
-from nexus.profiling.layers import find_blocks, find_stacks, undisturbed
+from nexus.profiling.layers import BlockStack, Side, find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
     Intervention,
     Observer,
@@ -66,6 +67,7 @@ from nexus.profiling.perturbation import (
 )
 from nexus.profiling.probe import ProbeStatistics
 from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
+from nexus.profiling.scales import plain_scales
 from nexus.profiling.spectral import Comoment
 
 __all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
@@ -121,7 +123,7 @@ class NIWTProfiler:
         self.model = model
         stacks = find_stacks(model) if layers is None else (find_blocks(model, layers),)
         self.stack = stacks[0]
-        self._encoder = (
+        self._other_side = (
             NIWTProfiler(model, layers=stacks[1].path, strategy=strategy, micro_batch_size=micro_batch_size)
             if len(stacks) > 1
             else None
@@ -130,8 +132,35 @@ class NIWTProfiler:
         self.micro_batch_size = micro_batch_size
         # Set when memory ran out.
         self._fitting_size: int | None = None
-        # Unset when a model turned out to keep its past in another way.
-        self._stacks_generations = True
+        # Unset when a model turned out not to take stacked rows.
+        self._stacks = {"scoring": True, "decoding": True}
+
+    @classmethod
+    def of_both_sides(
+        cls,
+        model: PreTrainedModel,
+        *,
+        first: Side,
+        strategy: Strategy = "auto",
+        micro_batch_size: int | None = None,
+    ) -> NIWTProfiler:
+        """Return the profiler of an encoder-decoder whose profiles tell of both sides, of the side `first` in front.
+
+        Raises:
+            ProfilingError: the model has one side.
+        """
+        paths = {stack.side: stack.path for stack in find_stacks(model)}
+        if len(paths) < 2:
+            raise ProfilingError(
+                f"Expected blocks in an encoder and in a decoder of {type(model).__name__}, found one side."
+            )
+        profilers = {
+            side: cls(model, layers=path, strategy=strategy, micro_batch_size=micro_batch_size)
+            for side, path in paths.items()
+        }
+        profiler = profilers.pop(first)
+        profiler._other_side = profilers.popitem()[1]
+        return profiler
 
     def ablated_generations(
         self,
@@ -174,7 +203,7 @@ class NIWTProfiler:
         stop = stop_tokens(self.model)
         batch_size, prompt_length = input_ids_BT.shape
         strategies: tuple[DecodeStrategy, ...] = ("stacked", "brute") if self.strategy == "auto" else ("stacked",)
-        if self._sweep_strategies(is_text=True) == ("brute",) or not self._stacks_generations:
+        if self._sweep_strategies(is_text=True) == ("brute",) or not self._stacks["decoding"]:
             strategies = ("brute",)
         sizes = {
             strategy: self._text_batch_size(
@@ -194,17 +223,18 @@ class NIWTProfiler:
         def run(_: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT = _without_padding(part[:2])
             prompts = self._model_inputs(ids_BT, mask_BT, dict(zip(beside, part[2:], strict=True)))
-            if chosen == "stacked" and self._stacks_generations:
-                try:
-                    return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
-                except NotStackableError as error:
-                    if self.strategy != "auto":
-                        raise
-                    self._stacks_generations = False
-                    logger.warning("%s Going on with one decode per ablation.", error)
-            return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
 
-        with undisturbed(self.model):
+            def brute() -> Tensor:
+                return brute_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            def stacked() -> Tensor:
+                return stacked_generations(self.model, self.stack, prompts, max_new_tokens, stop)
+
+            if chosen == "brute":
+                return brute()
+            return self._stacked_or("decoding", stacked, brute, "one decode per ablation")
+
+        with undisturbed(self.model), plain_scales(self.model):
             parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
@@ -265,8 +295,8 @@ class NIWTProfiler:
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         if len(sample_ids) != batch.num_rows:
             raise ValueError(f"Expected one sample id per row, found {len(sample_ids)} ids for {batch.num_rows} rows.")
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.measure(batch)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.measure(batch)
         statistics = _LayerStatistics()
         scores = self._scores_of(batch, sample_ids, statistics=statistics)
         return BatchMeasurement(
@@ -285,7 +315,9 @@ class NIWTProfiler:
             probe=_probe_statistics(batch, scores),
             side=self.stack.side,
             path=self.stack.path,
-            encoder=None if self._encoder is None else self._encoder.measure(batch),
+            other_side=None
+            if self._other_side is None or isinstance(batch, EncoderProfileBatch)
+            else self._other_side.measure(batch),
         )
 
     def confirm(self, batch: ProfileBatch | EncoderProfileBatch, plan: ConfirmationPlan) -> ConfirmationMeasurement:
@@ -294,8 +326,8 @@ class NIWTProfiler:
         Raises:
             ProfilingError: as `delta_nll_per_sample`, naming samples.
         """
-        if self._encoder is not None and isinstance(batch, EncoderProfileBatch):
-            return self._encoder.confirm(batch, plan)
+        if self._other_side is not None and self.stack.side == "decoder" and isinstance(batch, EncoderProfileBatch):
+            return self._other_side.confirm(batch, plan)
         sample_ids = tuple(str(sample_id) for sample_id in batch.sample_ids)
         num_layers = len(self.stack)
         # Only the probe needs to see the layers skipped once more.
@@ -335,9 +367,9 @@ class NIWTProfiler:
             reconstruction=effects(2 * num_layers, len(plan.critical_layers)),
             probe_correct_VB=probe_correct_VB,
             generated_correct_VB=None,
-            encoder=None
-            if self._encoder is None or plan.encoder is None
-            else self._encoder.confirm(batch, plan.encoder),
+            other_side=None
+            if self._other_side is None or plan.other_side is None
+            else self._other_side.confirm(batch, plan.other_side),
         )
 
     def profile(
@@ -460,19 +492,25 @@ class NIWTProfiler:
         def run(rows: slice, part: list[Tensor]) -> Tensor:
             ids_BT, mask_BT, chosen_BT = _without_padding(part[:3])
             own = dict(zip(beside, part[3:], strict=True))
-            if counts_from_the_left(self.model):
-                ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
+            # Causal models never see what follows, but not all of them can be told to leave out what came before.
+            ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
             scored = scored_tokens(ids_BT, chosen_BT)
-            read = TokenReader(
-                self.model, self.stack, self._model_inputs(ids_BT, mask_BT, own), scored, with_kl=with_kl
-            )
+            inputs = self._model_inputs(ids_BT, mask_BT, own)
             # Of what the blocks see: an encoder's own mask where it has one.
             seen_BT = own.get("attention_mask") if self._ablates_encoder else mask_BT
-            if interventions is None:
+
+            def swept(strategy: SweepStrategy) -> Tensor:
+                read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
+                if interventions is not None:
+                    return sweep(self.stack, read, strategy, interventions(rows, seen_BT))
                 with _observed(statistics) as observe:
-                    readings_VNC = sweep_skips(self.stack, read, chosen, _of_real_tokens(seen_BT, observe))
-            else:
-                readings_VNC = sweep(self.stack, read, chosen, interventions(rows, seen_BT))
+                    return sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
+
+            readings_VNC = (
+                self._stacked_or("scoring", lambda: swept("triangular"), lambda: swept("prefix"), "strategy prefix")
+                if chosen == "triangular"
+                else swept(chosen)
+            )
             # Without the logits, which only show whether anything changed.
             summed_VNC = torch.cat([readings_VNC[..., :2], readings_VNC[..., 3:]], dim=-1).cpu()
             return _sums_per_sample(summed_VNC, scored.rows_N.cpu(), len(ids_BT))
@@ -485,7 +523,8 @@ class NIWTProfiler:
         counts_B = targets_BT.sum(dim=1).cpu()
         return _Scores(
             metric="delta_nll",
-            strategy=chosen,
+            # As it went, where stacking was tried in vain.
+            strategy="prefix" if chosen == "triangular" and not self._stacks["scoring"] else chosen,
             counts_B=counts_B,
             delta_LB=nll_VB[1:] - nll_VB[:1],
             clean_nll_B=nll_VB[0],
@@ -540,18 +579,38 @@ class NIWTProfiler:
         longest = max(max(tensor.shape[1:], default=0) for tensor in beside.values())
         return min(longest, getattr(self.model.config, "max_source_positions", longest))
 
+    def _stacked_or(
+        self, what: Literal["scoring", "decoding"], stacked: Callable[[], Part], apart: Callable[[], Part], other: str
+    ) -> Part:
+        """Return what `stacked` gives, or under "auto" what `apart` gives, as slow as exact, of a model that does not take stacked
+        rows; a model that is broken fails again there."""
+        if self._stacks[what]:
+            try:
+                return stacked()
+            except (RuntimeError, IndexError, ValueError) as error:
+                is_ours = isinstance(error, ProfilingError) and not isinstance(error, NotStackableError)
+                if self.strategy != "auto" or is_ours or _is_out_of_memory(error):
+                    raise
+                failure = f"{type(error).__name__} {error}".splitlines()[0]
+            self._stacks[what] = False
+            logger.warning(
+                "Ablations of %s cannot be stacked (%s); going on with %s.", type(self.model).__name__, failure, other
+            )
+        return apart()
+
     def _sweep_strategies(self, *, is_text: bool, has_media: bool = False) -> tuple[SweepStrategy, ...]:
         """Return how scoring may sweep, given what was asked for and what the model allows."""
         config = self.model.config.get_text_config()
         if self.strategy == "brute" or getattr(config, "num_kv_shared_layers", None):
             # Blocks that reuse another block's keys and values need all blocks to run, on the same rows.
             return ("brute",)
-        if not is_text or self.strategy == "prefix" or (has_media and not self.model.config.is_encoder_decoder):
+        has_unstacked_media = has_media and not self.model.config.is_encoder_decoder
+        if not is_text or self.strategy == "prefix" or has_unstacked_media or not self._stacks["scoring"]:
             # What follows an encoder's blocks, or puts media between a decoder's, may know the batch size: ablations are not
             # stacked there.
             return ("prefix",)
         if self.strategy != "auto" or self.model.config.is_encoder_decoder:
-            # Every other strategy would run the encoder once more for each ablation of the decoder.
+            # Prefix has no advantage where the encoder, and cross-attention's keys and values, are computed once for all.
             return ("triangular",)
         return ("triangular", "prefix")
 
@@ -589,14 +648,15 @@ class NIWTProfiler:
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
-        # Keys and values are at most as wide as the hidden states. Those of cross-attention are kept once per sample, and copied for
-        # the rows of one block at a time; where the encoder is ablated each row has its own.
-        states = num_columns * (1 + num_kept) + 2 * len(self.stack) * num_cached + 3 * num_heard
+        # Keys and values of cross-attention are kept once per sample, and copied for the rows of one block at a time; where the
+        # encoder is ablated each row has its own.
+        states = num_columns * (1 + num_kept) + 3 * num_heard
         if num_heard:
             num_columns = num_columns if self.stack.side == "decoder" else num_heard
             num_shares = num_variants if self.stack.side == "decoder" or num_cached == 0 else 1
             states += 2 * len(self.stack) * num_heard // num_shares
-        values = states * config.hidden_size + num_logits * config.vocab_size
+        cached = 2 * len(self.stack) * num_cached * _cached_width(self.stack, config.hidden_size)
+        values = states * config.hidden_size + cached + num_logits * config.vocab_size
         device = "cpu" if self.model.device.type == "cpu" else "accelerator"
         size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
         if device == "cpu" and num_cached == 0:
@@ -617,6 +677,8 @@ class NIWTProfiler:
         """
         results: list[Part] = []
         start = 0
+        # Evenly: a last micro-batch of one row costs as many calls as a full one.
+        size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / size))
         while start < len(tensors[0]):
             size = min(size, self._fitting_size or size)
             part = [tensor[start : start + size].to(self.model.device) for tensor in tensors]
@@ -674,6 +736,14 @@ def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Ten
     return dict(inputs or {})
 
 
+def _cached_width(stack: BlockStack, hidden_size: int) -> int:
+    """Return how many numbers a token's keys take in one block, and its values again: what the key projection gives where there is
+    one, else at most the width of the hidden states."""
+    modules = (named for block in stack.blocks for named in block.named_modules())
+    widths = [int(module.out_features) for name, module in modules if name.endswith("k_proj")]
+    return max(widths, default=hidden_size)
+
+
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
@@ -710,7 +780,7 @@ def _without_padding(tensors_BT: Sequence[Tensor]) -> list[Tensor]:
     return [tensor[:, used] for tensor in (ids_BT.long(), mask_BT.long(), *others)]
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Return whether an allocation failed; torch's CPU allocator has no type of its own for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
@@ -796,7 +866,8 @@ def _of_real_tokens(mask_BT: Tensor | None, observe: StatesObserver | None) -> O
     def select(index: int, input_BTD: Tensor, output_BTD: Tensor) -> None:
         # Convolutional front ends shorten time: their mask is not the blocks'.
         if mask_BT is not None and mask_BT.shape == output_BTD.shape[:2]:
-            observe(index, input_BTD[mask_BT.bool()], output_BTD[mask_BT.bool()])
+            # Some models carry several streams of width D for each token.
+            observe(index, *(states[mask_BT.bool()].flatten(0, -2) for states in (input_BTD, output_BTD)))
         else:
             observe(index, input_BTD.flatten(0, -2), output_BTD.flatten(0, -2))
 

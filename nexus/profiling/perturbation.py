@@ -112,7 +112,16 @@ def sweep(
         input_BTD, output_BTD = call.hidden_RTD[: rows.batch_size], output_RTD[: rows.batch_size]
         if observe is not None:
             observe(call.index, input_BTD, output_BTD)
-        return torch.cat([output_RTD, *(make(k, input_BTD, output_BTD) for k in born_at[call.index])])
+        made = [make(k, input_BTD, output_BTD) for k in born_at[call.index]]
+        # What clean rows hand on, those born of them hand on too.
+        clean_B = torch.arange(rows.batch_size, device=output_RTD.device)
+        call.add_rows(
+            Rows(
+                torch.cat([torch.arange(len(output_RTD), device=clean_B.device), clean_B.repeat(len(made))]),
+                len(output_RTD),
+            )
+        )
+        return torch.cat([output_RTD, *made])
 
     def run_and_replace(k: int) -> BlockHandler:
         def handle(call: BlockCall) -> Tensor:

@@ -49,7 +49,7 @@ class SamplingPlan:
 
 def is_stable(merged: BatchMeasurement, *, seed: int) -> bool:
     """Return whether more samples are not expected to change the critical layers; never while there are none."""
-    if merged.encoder is not None and not is_stable(merged.encoder, seed=seed):
+    if merged.other_side is not None and not is_stable(merged.other_side, seed=seed):
         return False
     return critical_stability(merged.delta_LB, merged.token_counts_B, seed=seed) >= STABLE_SHARE
 

@@ -28,7 +28,6 @@ from nexus.errors import NexusError
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.registry import (
-    LOADABLE_ROLES,
     TeacherEntry,
     TeacherRegistry,
     resolve_entry,
@@ -131,8 +130,10 @@ def what_it_needs(entry: TeacherEntry, *, tiny: bool) -> str | None:
         return REMEDIES[entry.library]
     if (entry.model_class is None and entry.role != "sae") or entry.remote_code.needed:
         return "; ".join(entry.needs)
-    if entry.role not in LOADABLE_ROLES or (tiny and not has_tiny(entry.id)):
-        return f"a loader for teachers of role {entry.role} from {entry.library}; this version has none"
+    if tiny and not has_tiny(entry.id):
+        return (
+            f"a tiny build of {entry.model_class}, which is not there; type: nexus teachers check --teachers {entry.id}"
+        )
     return None
 
 
@@ -142,7 +143,7 @@ def exercise(engine: TeacherEngine) -> tuple[str, ...]:
     Raises:
         NexusError: whatever the engine raises for them.
     """
-    layers = tuple(sorted({0, engine.num_layers - 1}))
+    layers = tuple(sorted({0, engine.num_layers - 1})) if engine.num_layers else ()
     kinds = []
     if engine.role == "causal_lm":
         rows = (("Say hello.", "Hello."), ("What is 2 + 2?", "4"))
@@ -215,6 +216,8 @@ def _kinds(targets: TeacherTargets) -> list[str]:
         kinds.append("labels")
     if targets.features is not None:
         kinds.append("features")
+    if targets.codec is not None:
+        kinds += ["codes", "latents", "reconstruction"]
     if targets.denoising is not None:
         kinds += ["noise", *(["blocks"] if targets.denoising.blocks else [])]
     return kinds

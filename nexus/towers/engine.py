@@ -1,13 +1,15 @@
 """TeacherEngine: one loaded teacher as an actor talks to it. Plain data in, plain data out; no Ray.
 
-What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec_lm.py, diffusion.py or sae.py does the work.
+What a teacher can do follows from its role alone: causal_lm.py, encoder.py, codec.py, codec_lm.py, diffusion.py or
+sae.py does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property, partial
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,19 +20,21 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, NotANumberError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
 from nexus.profiling.reasoning_eval import ablated_answers
 from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
+from nexus.towers.codec import CODECS, score_codec
 from nexus.towers.diffusion import denoise
 from nexus.towers.health import check_targets
-from nexus.towers.loader import LoadedTower, load_tower
+from nexus.towers.loader import LoadedTower, load_tower, tokenizer_of
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
 from nexus.towers.targets import (
+    CodecTargets,
     DenoisingTargets,
     ScoreRequest,
     SparseTargets,
@@ -38,7 +42,10 @@ from nexus.towers.targets import (
     TeacherTargets,
     TokenDistributions,
 )
-from nexus.towers.tax import TaxMeasurement, measure_tax
+from nexus.towers.tax import TaxMeasurement, feature_cosines, measure_tax
+from nexus.towers.transcripts import can_transcribe, transcript_batch
+
+_Result = TypeVar("_Result")
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
 
@@ -80,12 +87,16 @@ class TeacherEngine:
     @property
     def num_layers(self) -> int:
         """Blocks whose hidden states can be asked for."""
-        return len(find_blocks(self._runner)) if self.tower.denoiser is None else len(self.tower.denoiser.blocks)
+        if self.tower.denoiser is not None:
+            return len(self.tower.denoiser.blocks)
+        return 0 if self.role == "codec" else len(find_blocks(self._runner))
 
     @property
     def hidden_size(self) -> int:
-        """Width H of those hidden states."""
-        return block_width(self._runner) if self.tower.denoiser is None else self.tower.denoiser.hidden_size
+        """Width H of those hidden states; of a codec's latents."""
+        if self.tower.denoiser is not None:
+            return self.tower.denoiser.hidden_size
+        return int(self.tower.model.config.hidden_size) if self.role == "codec" else block_width(self._runner)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -120,6 +131,7 @@ class TeacherEngine:
         encoded: encoder.Encoded | None = None
         features: dict[int, SparseTargets] | None = None
         denoised: DenoisingTargets | None = None
+        coded: CodecTargets | None = None
         if self.role in ("causal_lm", "sae"):
             if request.completions is None:
                 raise ConfigError(
@@ -131,7 +143,7 @@ class TeacherEngine:
                     "version gives to encoders only. Choose an encoder for these rows."
                 )
             if self.tower.dictionaries is None:
-                tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
+                tokens, hidden = causal_lm.score_completions(*self._language_model(), request, passes=self.tower.passes)
             else:
                 features = score_features(*self._language_model(), self.tower.dictionaries, request)
         elif self.tower.denoiser is not None:
@@ -142,7 +154,10 @@ class TeacherEngine:
                     f"Expected media for the teacher {self.teacher_id!r} of role {self.role}, found none. Give it rows with "
                     "images or audio."
                 )
-            if self.role == "codec_lm":
+            if self.role == "codec":
+                model = self.tower.model
+                coded = score_codec(model, self.tower.processor.sampling_rate, CODECS[type(model).__name__], request)
+            elif self.role == "codec_lm":
                 tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
             else:
                 encoded = self._encode(
@@ -166,6 +181,7 @@ class TeacherEngine:
             features=features,
             codebooks=codec_lm.num_codebooks(self.tower.model) if self.role == "codec_lm" else None,
             denoising=denoised,
+            codec=coded,
         )
         check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets
@@ -179,7 +195,7 @@ class TeacherEngine:
         if self._head is None:
             model, _ = self._language_model()
             try:
-                self._head = causal_lm.output_head(model)
+                self._head = causal_lm.output_head(model, passes=self.tower.passes)
             except ValueError as error:
                 raise ConfigError(
                     f"Transport hidden of teacher {self.teacher_id!r}: {error}. Choose topk, sampled or full for it."
@@ -192,10 +208,11 @@ class TeacherEngine:
         """Greedy completions of a language model, in the prompts' order.
 
         Raises:
-            ConfigError: the teacher is an encoder.
+            ConfigError: the teacher is an encoder, or is streamed.
             RowsError: prompts that do not fit the model.
         """
         model, tokenizer = self._language_model()
+        self._refuse_streamed("generate text")
         return causal_lm.generate_greedily(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
@@ -208,11 +225,12 @@ class TeacherEngine:
             snr_db: noise added to recordings.
 
         Raises:
-            ConfigError: an encoder without a classification head.
+            ConfigError: an encoder without a classification head, or a streamed language model.
             RowsError: as `score`; also rows whose answer, tokenised as text, would not fit the model, which could not score it.
         """
         if self.role == "causal_lm":
             model, tokenizer = self._language_model()
+            self._refuse_streamed("generate answers")
             return causal_lm.answer_rows(
                 model,
                 tokenizer,
@@ -233,16 +251,22 @@ class TeacherEngine:
     ) -> BatchMeasurement:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
-        A language model is measured on the rows' completions. A classifier is measured on the rows' labels, or on its own decisions
-        when not every row has one; an encoder without a head on its embedding.
+        A language model is measured on the rows' completions, and so is what reads an sae's features. A classifier is measured on the
+        rows' labels, or on its own decisions when no row has one. A speech recogniser of an encoder and a decoder is measured on the
+        rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder without
+        a head on its embedding.
 
         Raises:
-            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
+                for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
-        profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
-        return profiler.measure(batch)
+        try:
+            profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
+            return self._in_passes(lambda: profiler.measure(batch))
+        except NotANumberError:
+            self._refuse_spoiled(records, strategy, snr_db)
+            raise
 
     def confirm(
         self,
@@ -261,9 +285,10 @@ class TeacherEngine:
         Raises:
             RowsError: as `measure`; or rows without an answer to find.
         """
-        profiler = NIWTProfiler(self._runner, strategy=strategy)
-        batch = self._text_batch(records) if self.role == "causal_lm" else self._media_batch(records, snr_db)
-        confirmed = profiler.confirm(batch, plan)
+        if answers is not None and self.role == "causal_lm":
+            self._refuse_streamed("generate answers with layers skipped")
+        profiler, batch = self._profiled(records, strategy, snr_db, None)
+        confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
@@ -288,11 +313,19 @@ class TeacherEngine:
         return replace(confirmed, generated_correct_VB=correct_VB)
 
     def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
-        """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards."""
-        original = TeacherEngine(
-            load_tower(self.tower.spec, device=str(self.tower.model.device), quantise=False), teacher_id=self.teacher_id
-        )
-        return measure_tax(original, self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+        """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards.
+
+        That of a streamed teacher is loaded into the machine's memory, wherever the teacher itself runs.
+        """
+        return measure_tax(self._original(), self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+
+    def feature_tax(self, records: Sequence[Record]) -> np.ndarray:
+        """As `tax`, for an encoder without labels: `nexus.towers.tax.feature_cosines`."""
+        return feature_cosines(self._original(), self, records)
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        """An encoder's pooled embeddings, float32 [B, E]; raises as `score` does."""
+        return self._encode([record.id for record in records], _media_of(records), snr_db=None).pooled_BE
 
     def answer_logits(
         self, records: Sequence[Record], answers: Sequence[str], *, snr_db: float | None = None
@@ -303,7 +336,9 @@ class TeacherEngine:
         """
         if self.role == "causal_lm":
             model, tokenizer = self._language_model()
-            yield from causal_lm.completion_logits(model, tokenizer, [record.prompt for record in records], answers)
+            yield from causal_lm.completion_logits(
+                model, tokenizer, [record.prompt for record in records], answers, passes=self.tower.passes
+            )
         else:
             yield torch.from_numpy(self._label_logprobs(records, snr_db))
 
@@ -313,6 +348,24 @@ class TeacherEngine:
     def _runner(self) -> PreTrainedModel:
         """The model whose blocks count: the whole one, or the encoder of a speech recogniser."""
         return encoder.encoder_of(self.tower.model) if self.role == "encoder" else self.tower.model
+
+    def _original(self) -> TeacherEngine:
+        spec = replace(self.tower.spec, streamed=False)
+        device = "cpu" if self.tower.is_streamed else str(self.tower.model.device)
+        return TeacherEngine(load_tower(spec, device=device, quantise=False), teacher_id=self.teacher_id)
+
+    def _in_passes(self, call: Callable[[], _Result]) -> _Result:
+        """The result of a call that runs forwards of the model."""
+        (result,) = self.tower.passes([call])
+        return result
+
+    def _refuse_streamed(self, what: str) -> None:
+        """A pass through all files for every token of an answer would never end."""
+        if self.tower.is_streamed:
+            raise ConfigError(
+                f"Expected the teacher {self.teacher_id!r} in memory to {what}, found it streamed: it reads all its weights once for "
+                "a whole batch, and would for every token. Score completions with it, or give it a device that holds it."
+            )
 
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.tower.tokenizer is None:
@@ -332,7 +385,9 @@ class TeacherEngine:
     ) -> encoder.Encoded:
         model = self.tower.model
         inputs = encoder.prepare_inputs(model, self.tower.processor, row_ids, media, snr_db)
-        return encoder.encode(model, inputs, row_ids=row_ids, layers=layers, temperature=temperature)
+        return encoder.encode(
+            model, inputs, row_ids=row_ids, layers=layers, temperature=temperature, passes=self.tower.passes
+        )
 
     def _labels(self) -> tuple[str, ...]:
         texts = self.label_texts
@@ -351,6 +406,24 @@ class TeacherEngine:
         assert logprobs_BC is not None
         return logprobs_BC
 
+    def _profiled(
+        self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None, micro_batch_size: int | None
+    ) -> tuple[NIWTProfiler, ProfileBatch | EncoderProfileBatch]:
+        """What measures the teacher's layers, and the rows as it takes them."""
+        model = self.tower.model
+        texts = [record.completion if record.answer is None else record.answer for record in records]
+        if self.role == "encoder" and any(texts) and self.label_texts is None and can_transcribe(model):
+            batch = transcript_batch(
+                model, self._writer, [record.id for record in records], texts, self._prepared(records, snr_db)
+            )
+            both = NIWTProfiler.of_both_sides(
+                model, first="encoder", strategy=strategy, micro_batch_size=micro_batch_size
+            )
+            return both, batch
+        profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
+        is_text = self.role in ("causal_lm", "sae")
+        return profiler, self._text_batch(records) if is_text else self._media_batch(records, snr_db)
+
     def _text_batch(self, records: Sequence[Record]) -> ProfileBatch:
         missing = {record.id: "no completion" for record in records if record.completion is None}
         if missing:
@@ -365,13 +438,42 @@ class TeacherEngine:
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
 
+    def _refuse_spoiled(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> None:
+        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
+        spoiled = {}
+        for record in records:
+            profiler, batch = self._profiled([record], strategy, snr_db, None)
+            try:
+                self._in_passes(partial(profiler.measure, batch))
+            except NotANumberError:
+                spoiled[record.id] = "NaN"
+        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
+        if 0 < len(spoiled) < len(records) or len(records) == 1:
+            raise RowsError(
+                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
+                "compute dtype.",
+                spoiled,
+            )
+
+    def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
+        row_ids = [record.id for record in records]
+        return encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
+
+    @cached_property
+    def _writer(self) -> PreTrainedTokenizerBase:
+        """Turns text into what a speech recogniser's decoder writes."""
+        return tokenizer_of(self.tower.spec)
+
     def _media_batch(self, records: Sequence[Record], snr_db: float | None) -> EncoderProfileBatch:
         row_ids = [record.id for record in records]
-        inputs = encoder.prepare_inputs(self.tower.model, self.tower.processor, row_ids, _media_of(records), snr_db)
+        inputs = self._prepared(records, snr_db)
         texts = self.label_texts
         golds = [record.completion if record.answer is None else record.answer for record in records]
-        if texts is None or None in golds:
+        unlabelled = {row_id: "no answer" for row_id, gold in zip(row_ids, golds, strict=True) if gold is None}
+        if texts is None or len(unlabelled) == len(records):
             return EncoderProfileBatch(row_ids, inputs, None)
+        if unlabelled:
+            raise RowsError("Expected an answer in every row or in none; add or drop them.", unlabelled)
         unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
         if unknown:
             raise RowsError(

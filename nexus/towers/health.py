@@ -135,6 +135,8 @@ def _row_counts(targets: TeacherTargets) -> Iterable[tuple[str, int]]:
         yield "tokens", len(targets.tokens.offsets_B1) - 1
     for layer, sparse in (targets.features or {}).items():
         yield f"features of layer {layer}", len(sparse.offsets_B1) - 1
+    if targets.codec is not None:
+        yield "reconstructions", len(targets.codec.sample_offsets_B1) - 1
     if targets.denoising is not None:
         yield "predictions", len(targets.denoising.predictions_BS)
     if targets.pooled_BE is not None:
@@ -159,6 +161,9 @@ def _arrays(targets: TeacherTargets) -> Iterable[tuple[str, np.ndarray]]:
         yield f"hidden states of layer {layer}", state
     for layer, sparse in (targets.features or {}).items():
         yield f"features of layer {layer}", sparse.values_Z
+    if targets.codec is not None:
+        yield "latents", targets.codec.latents_FE
+        yield "reconstructions", targets.codec.samples_T
     if targets.denoising is not None:
         yield "noise predictions", targets.denoising.predictions_BS
         for name, state in targets.denoising.blocks.items():

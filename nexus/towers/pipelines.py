@@ -93,7 +93,7 @@ def load_pipeline(
     coverage = merge_coverage(reports)
     if quantise and coverage.share < spec.min_coverage:
         raise TowerLoadError(
-            f"Expected NF4 for at least {spec.min_coverage:.0%} of the parameters of teacher {spec.id!r}, found {coverage.share:.1%}. "
+            f"Expected NF4 for at least {spec.min_coverage:.0%} of the parameters of {spec.id!r}, found {coverage.share:.1%}. "
             "Lower its min_coverage if the rest may stay in floating point."
         )
     fingerprint = fingerprint_of(
@@ -117,7 +117,7 @@ def _component_class(spec: TeacherSpec, part: str, library: str, class_name: str
     if not isinstance(component, type):
         raise TowerLoadError(
             f"Expected {part!r} of teacher {spec.id!r} to be of a class of diffusers or transformers, found {library}.{class_name}. "
-            "Update them; code that comes with a checkpoint is not run."
+            "Update it; code that comes with a checkpoint is not run."
         )
     return component
 
@@ -226,6 +226,6 @@ def _refuse_unfit(spec: TeacherSpec, model: nn.Module, checkpoint: Checkpoint) -
             shape = tuple(file.get_slice(name).get_shape())
         if shape != tuple(expected[name].shape):
             raise TowerLoadError(
-                f"Expected shape {tuple(expected[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch the "
-                "checkpoint again."
+                f"Expected shape {tuple(expected[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch "
+                "the checkpoint again."
             )

@@ -137,7 +137,7 @@ class SparseTargets:
 
 @dataclass(frozen=True)
 class DenoisingTargets:
-    """What a diffusion teacher predicts along its denoising, without guidance. Latents have the teacher's own shape behind B and S."""
+    """What a diffusion teacher predicts along its denoising, without guidance. Latents have their own shape behind B and S."""
 
     timesteps_S: np.ndarray
     """float32 [S]; as the denoiser is told them."""
@@ -147,6 +147,26 @@ class DenoisingTargets:
     """float32 [B, S, ...]; the noise prediction (the velocity of a rectified flow)."""
     blocks: Mapping[str, np.ndarray]
     """Name of a block -> float16 [B, S, P, H], or [B, S, frames, channels, height, width] of a U-Net's."""
+
+
+@dataclass(frozen=True)
+class CodecTargets:
+    """What a codec makes of recordings. F frames and T samples of all rows together, Q quantisers, E width of the latents."""
+
+    frame_offsets_B1: np.ndarray
+    """int64 [B+1]; row b owns frames offsets[b]:offsets[b+1]."""
+    codes_FQ: np.ndarray
+    """int32 [F, Q]."""
+    latents_FE: np.ndarray
+    """float16 [F, E]; the sum over the quantisers, which the codec's decoder reads."""
+    sample_offsets_B1: np.ndarray
+    """int64 [B+1]; row b owns samples offsets[b]:offsets[b+1]."""
+    samples_T: np.ndarray
+    """float32 [T]; the reconstruction, as long as the recording."""
+    sampling_rate: int
+    """Hertz, of the reconstruction and of the recording that it was made from."""
+    mse_B: np.ndarray
+    """float32 [B]; mean square of reconstruction minus recording."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +193,8 @@ class TeacherTargets:
     """Codes of one frame of a codec_lm: `tokens` then run over frames and codebooks, `hidden` over frames; None otherwise."""
     denoising: DenoisingTargets | None = None
     """None for all roles but diffusion."""
+    codec: CodecTargets | None = None
+    """None for all roles but codec."""
 
     def __eq__(self, other: object) -> bool:
         """Equality of every field, arrays compared bit by bit."""
@@ -186,7 +208,15 @@ class TeacherTargets:
 def _equal(a: object, b: object) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    for columns in (TokenTargets, SampledTargets, HiddenTargets, FullTargets, SparseTargets, DenoisingTargets):
+    for columns in (
+        TokenTargets,
+        SampledTargets,
+        HiddenTargets,
+        FullTargets,
+        SparseTargets,
+        DenoisingTargets,
+        CodecTargets,
+    ):
         if isinstance(a, columns) and isinstance(b, columns):
             return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(columns))
     if isinstance(a, Mapping) and isinstance(b, Mapping):

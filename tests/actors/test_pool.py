@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
 import pytest
 import ray
 
-from actors.pool import TeacherPool, actor_name
+from actors.dataflow import TeacherWork
+from actors.pool import Sleep, TeacherPool, actor_name
+from actors.stages import _waves
 from nexus.errors import ConfigError, TeacherUnavailableError, TowerLoadError
 from nexus.towers.packing import pack_targets, unpack_targets
 from nexus.towers.registry import TeacherSpec
@@ -54,10 +57,14 @@ def engine(reasoning_spec):
     return TeacherEngine(load_tower(reasoning_spec), teacher_id="sample-reasoning")
 
 
+def _expected(engine, number: int):
+    """What arrives: log-probabilities are rounded on their way."""
+    return unpack_targets(pack_targets(engine.score(_request(number)), vocabulary_size=engine.vocabulary_size))
+
+
 def test_the_actor_returns_what_the_engine_computes_in_process(pool, engine):
     pool.submit("one", "sample-reasoning", "score", _request(3))
-    packed = pack_targets(engine.score(_request(3)), vocabulary_size=engine.vocabulary_size)
-    assert unpack_targets(pool.collect("one")) == unpack_targets(packed)
+    assert unpack_targets(pool.collect("one")) == _expected(engine, 3)
 
 
 def test_results_are_kept_until_collected_in_any_order(pool, engine):
@@ -148,7 +155,7 @@ def test_a_killed_teacher_is_restarted_and_its_lost_batches_answered_alike(ray_c
         pool.submit(("k", number), "sample-reasoning", "score", _request(number))
     os.kill(before.pid, signal.SIGKILL)
     for number in range(5):
-        assert unpack_targets(pool.collect(("k", number))) == engine.score(_request(number))
+        assert unpack_targets(pool.collect(("k", number))) == _expected(engine, number)
     after = pool.health("sample-reasoning")
     assert after.incarnation != before.incarnation
 
@@ -159,3 +166,37 @@ def test_a_teacher_that_cannot_load_says_why_and_does_not_hang(ray_cluster, tmp_
     spec = TeacherSpec(id="broken", path=str(tmp_path / "empty"), revision=None, role="causal_lm")
     with pytest.raises(TowerLoadError, match=r"config\.json in .*empty, found no such file"):
         TeacherPool.start([spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60)
+
+
+@pytest.fixture
+def two_teachers(pool, reasoning_spec):
+    """Handles of the module's teacher and of another over the same files."""
+    second = dataclasses.replace(reasoning_spec, id="second")
+    TeacherPool.start([second], torch_threads=1, num_gpus=0, window=2, timeout_s=120, max_retries=3, load_timeout_s=120)
+    return {name: [ray.get_actor(actor_name(name))] for name in ("sample-reasoning", "second")}
+
+
+@pytest.mark.parametrize("max_kept_bytes", [2**40, 0], ids=["dropped", "restarted"])
+def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memory(two_teachers, engine, max_kept_bytes):
+    sleeping = TeacherPool(two_teachers, window=2, timeout_s=120, max_retries=3, sleep=Sleep(1, max_kept_bytes))
+    before = {name: sleeping.health(name).pid for name in two_teachers}
+    for number in range(3):
+        for name in two_teachers:
+            sleeping.submit((name, number), name, "score", _request(number))
+    for number in (2, 0, 1):
+        expected = _expected(engine, number)
+        for name in two_teachers:
+            answer = unpack_targets(sleeping.collect((name, number)))
+            assert dataclasses.replace(answer, teacher="sample-reasoning") == expected
+    assert sum(sleeping._is_loaded(name, 0) for name in two_teachers) == 1
+    # All that waited for a teacher was done before it was put to sleep.
+    assert 1 <= sleeping.swaps <= 2
+    restarted = [name for name in two_teachers if sleeping.health(name).pid != before[name]]
+    assert bool(restarted) == (max_kept_bytes == 0)
+
+
+def test_work_for_more_teachers_than_fit_is_cut_into_waves():
+    works = [TeacherWork(t, c, (), 0, None, "answer", (), 1) for t, c in ("ax", "ay", "bx", "cx", "cy")]
+    assert list(_waves(works, 2)) == [[0, 1, 2], [3, 4]]
+    assert list(_waves(works, None)) == [[0, 1, 2, 3, 4]]
+    assert list(_waves([], 2)) == []

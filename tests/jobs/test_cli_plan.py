@@ -18,6 +18,7 @@ def test_every_teacher_of_the_registry_gets_a_place_on_four_cards(nexus):
     assert "streamed" in told.out
     assert "sleeps (" in told.out
     assert "wave 2" in told.out
+    assert "cluster.resident_teachers=" in told.out
     document = nexus("plan", "--all", "--gpus", "4x24GiB", "--json").document()
     for purpose in ("training", "extraction"):
         teachers = [place["id"] for place in document[purpose]["places"] if place["id"] != "student"]

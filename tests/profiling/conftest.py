@@ -25,6 +25,7 @@ from transformers import (
     SiglipForImageClassification,
     WhisperConfig,
     WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
 )
 
 # The initialisation is ten times wider than usual: random models of the usual width are nearly linear, and blocks change little.
@@ -202,6 +203,58 @@ def whisper() -> PreTrainedModel:
 def whisper_weighted() -> PreTrainedModel:
     """Its head reads the outputs of all blocks."""
     return build_whisper(use_weighted_layer_sum=True)
+
+
+@pytest.fixture(scope="session")
+def speech_model() -> PreTrainedModel:
+    """Writes what it hears: two sides, of different depths."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=64,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_mel_bins=16,
+        max_source_positions=20,
+        max_target_positions=64,
+        vocab_size=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        # A random decoder with tied weights only repeats its last token.
+        tie_word_embeddings=False,
+    )
+    return _wider(WhisperForConditionalGeneration(config)).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class SpeechBatch:
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    loss_mask_BT: Tensor
+    inputs: dict[str, Tensor]
+    """What is heard."""
+
+
+@pytest.fixture(scope="session")
+def speech_batch() -> SpeechBatch:
+    """Four recordings and left-padded texts of lengths 5 to 9, two to four targets at their ends."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BT = torch.randint(4, 100, (4, 9), generator=generator)
+    attention_mask_BT, loss_mask_BT = torch.ones_like(input_ids_BT), torch.zeros_like(input_ids_BT)
+    for row, (padding, answer) in enumerate([(0, 4), (3, 2), (4, 3), (1, 4)]):
+        attention_mask_BT[row, :padding] = 0
+        input_ids_BT[row, :padding] = 0
+        input_ids_BT[row, padding] = 3
+        loss_mask_BT[row, -answer:] = 1
+    frames = torch.randn(4, 16, 40, generator=generator)
+    return SpeechBatch(input_ids_BT, attention_mask_BT, loss_mask_BT, {"input_features": frames})
 
 
 def _wider(model: PreTrainedModel) -> PreTrainedModel:

@@ -130,9 +130,7 @@ def test_speech_models_keep_by_policy_what_four_bits_would_hurt(
         assert targets.pooled_BE.shape == (2, 64)
 
 
-@pytest.mark.parametrize(
-    "teacher_id", ["step3-vl-10b", "padt-ovd-3b", "sd3-medium", "qwen3-tts-tokenizer", "gemma-scope-2-27b"]
-)
+@pytest.mark.parametrize("teacher_id", ["step3-vl-10b", "padt-ovd-3b", "qwen3-tts-tokenizer", "gemma-scope-2-27b"])
 def test_teachers_that_cannot_be_had_are_refused_and_never_replaced(tmp_path: Path, teacher_id: str) -> None:
     with pytest.raises(TowerLoadError):
         TowerLoader(load_registry(), models_dir=tmp_path).load(teacher_id)

@@ -387,7 +387,7 @@ def test_surgery_reports_what_it_found_on_the_steps_that_it_is_due(spec, tokeniz
     assert [report.step for report in reports if report.surgery is not None] == [0, 3, 6]
     found = reports[3].surgery
     assert found.teachers == ("labels", "same")
-    assert found.cosines["same"]["labels"] == found.cosines["labels"]["same"]
+    assert found.cosines["same"]["labels"] == pytest.approx(found.cosines["labels"]["same"])
     assert -1.0 <= found.cosines["same"]["labels"] <= 1.0
 
 
@@ -400,8 +400,7 @@ def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec,
         )
         loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
         loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
-        loop.objective.standardisers.clear()
-        loop.objective.standardisers.update(_frozen(loop))
+        _frozen(loop)
         loop.advance()
         gradients[every] = _gradient(loop)
     torch.testing.assert_close(gradients[5], gradients[1], rtol=1e-3, atol=1e-6)
@@ -449,7 +448,6 @@ def _frozen(loop):
         width = standardiser.width
         standardiser.update(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.ones(8))
         standardiser.freeze()
-    return dict(loop.objective.standardisers)
 
 
 class PerRowSource(RecordedSource):

@@ -17,6 +17,7 @@ from nexus.training.loss import (
     BASELINE_FLOOR,
     GradientSurgeryLoss,
     Mode,
+    SurgeryLoss,
 )
 
 NAMES = ("audio", "code", "reasoning", "vision")
