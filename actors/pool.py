@@ -25,6 +25,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTa
 
 from actors.teacher import CONTROL_GROUP, ActorHealth, LoadReport, TeacherActor, replica_suffix
 from nexus.errors import NexusError, TeacherUnavailableError
+from nexus.vendors.environments import ENVIRONMENTS, interpreter_of, process_environment, what_to_type
 
 if TYPE_CHECKING:
     from nexus.config import RunConfig
@@ -38,6 +39,22 @@ LOADS_AT_ONCE = 2
 other from answering Ray until it ended them."""
 POLL_S = 0.5
 """Longest single wait inside Ray, so that signals and deadlines are seen."""
+
+
+def runtime_environment(spec: TeacherSpec) -> dict[str, Any] | None:
+    """A vendor's teacher runs in the environment of its package; all others run where the driver does.
+
+    Raises:
+        TeacherUnavailableError: the environment has not been made.
+    """
+    if spec.library not in ENVIRONMENTS:
+        return None
+    python = interpreter_of(spec.library)
+    if python is None:
+        raise TeacherUnavailableError(
+            f"Expected the environment of teacher {spec.id!r}, found none. It needs {what_to_type(spec.library)}"
+        )
+    return {"py_executable": str(python), "env_vars": process_environment()}
 
 
 def actor_name(teacher: str, replica: int = 0) -> str:
@@ -191,6 +208,7 @@ class TeacherPool:
                     max_task_retries=0,
                     max_pending_calls=4 * window + 16,
                     allow_out_of_order_execution=True,
+                    runtime_env=runtime_environment(spec),
                 ).remote(spec, torch_threads, replica)
                 key = ("load", spec.id, replica)
                 pool._queue(_Call(key, spec.id, "load", (), load_timeout_s, replica))
