@@ -47,7 +47,7 @@ def need(name: str, gib: int, *, flops: float = 1e16) -> TenantNeed:
 def test_actors_share_the_gpus_that_the_plan_gives_them_and_no_other(eight_gpus):
     shape = cluster_shape(24.0)
     assert [len(node.gpu_bytes) for node in shape.nodes] == [5, 3]
-    placement = plan_placement([need(f"t{n}", 9) for n in range(12)], shape.nodes, purpose="train")
+    placement = plan_placement([need(f"t{n}", 9) for n in range(16)], shape.nodes, purpose="train")
     options = reserve_places(placement, shape)
     actors = {
         (place.id, copy): ray.remote(Where).options(num_cpus=0, **options[place.id][copy]).remote()
