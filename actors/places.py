@@ -169,8 +169,8 @@ def _probe(node_id: str, number: int) -> tuple[int, ...]:
         sizes: Sequence[int] = ray.get(reference, timeout=PROBE_TIMEOUT_S)
     except GetTimeoutError:
         raise ClusterError(
-            f"Expected the {number} GPUs of node {node_id} to say what is free within {PROBE_TIMEOUT_S:.0f} s, found no answer: something "
-            "else holds them. End that, or set cluster.gpu_gib."
+            f"Expected the {number} GPUs of node {node_id} to say what is free within {PROBE_TIMEOUT_S:.0f} s, found no answer: "
+            "something else holds them. End that, or set cluster.gpu_gib."
         ) from None
     if len(sizes) != number:
         raise ClusterError(
