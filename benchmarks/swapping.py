@@ -50,7 +50,11 @@ def main() -> None:
 
     teachers = ("first", "second", "third")
     specs = [TeacherSpec(id=name, path=str(TEACHER), revision=None, role="causal_lm") for name in teachers]
-    TeacherPool.start(specs, torch_threads=1, window=2, timeout_s=TIMEOUT_S, max_retries=1, load_timeout_s=TIMEOUT_S)
+    # The pool that creates the actors keeps them alive.
+    owner, _ = TeacherPool.start(
+        specs, torch_threads=1, window=2, timeout_s=TIMEOUT_S, max_retries=1, load_timeout_s=TIMEOUT_S
+    )
+    assert owner.teachers == teachers
     found = []
     for window in arguments.windows:
         seconds = {}
