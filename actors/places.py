@@ -40,7 +40,7 @@ class ClusterShape:
 
 
 def cluster_shape(gpu_gib: float | None) -> ClusterShape:
-    """The nodes that are alive, those with GPUs first.
+    """The nodes that are alive, this one first, then those with the most GPUs.
 
     Args:
         gpu_gib: free memory of each GPU; None asks a process on each node.
@@ -54,7 +54,9 @@ def cluster_shape(gpu_gib: float | None) -> ClusterShape:
             resources = node["Resources"]
             number = int(resources.get("GPU", 0))
             found.append((number, node["NodeID"], int(resources.get("memory", 0))))
-    found.sort(key=lambda item: (-item[0], item[1]))
+    # Of equal devices the planner takes the first, and begins with the student's, which has to be here.
+    here = ray.get_runtime_context().get_node_id()
+    found.sort(key=lambda item: (item[1] != here, -item[0], item[1]))
     shapes = []
     for number, node_id, memory in found:
         sizes = (int(gpu_gib * GIB),) * number if gpu_gib is not None else _probe(node_id, number)
