@@ -54,9 +54,13 @@ class Sleep:
     """How teachers share memory that does not hold them all."""
 
     residents: int
-    """Teachers that are awake at a time."""
+    """Teachers that are awake at a time; on each device, the pinned ones aside."""
     max_kept_bytes: int
     """Private memory that the process of a sleeping teacher may keep; beyond it, it is restarted, which gives back everything."""
+    pinned: frozenset[str] = frozenset()
+    """Teachers that never sleep."""
+    device_of: Mapping[str, str] = field(default_factory=dict)
+    """Teacher -> device; those that it leaves out share one."""
 
 
 @dataclass
@@ -134,7 +138,8 @@ class TeacherPool:
         *,
         replicas: Mapping[str, int] | None = None,
         torch_threads: int,
-        num_gpus: float,
+        num_gpus: float = 0.0,
+        places: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
         window: int,
         timeout_s: float,
         max_retries: int,
@@ -146,6 +151,8 @@ class TeacherPool:
 
         Args:
             replicas: actors of each teacher; one where nothing is said.
+            num_gpus: of each actor, where `places` says nothing.
+            places: options of each replica of a teacher: its part of a GPU, and which one.
             sleep: None keeps all awake.
 
         Raises:
@@ -174,7 +181,7 @@ class TeacherPool:
                     name=actor_name(spec.id, replica),
                     get_if_exists=True,
                     num_cpus=0,
-                    num_gpus=num_gpus,
+                    **(places[spec.id][replica] if places else {"num_gpus": num_gpus}),
                     # A restart that gives back a sleeper's memory counts as well.
                     max_restarts=MAX_RESTARTS if sleep is None else -1,
                     max_task_retries=0,
@@ -281,7 +288,7 @@ class TeacherPool:
         assert call.key not in self._pending | self._done.keys(), f"key {call.key!r} is in use"
         if self._sleep is not None and not self._pending:
             # Another pool of this run may have worked with the teachers meanwhile.
-            self._look_who_is_awake()
+            self._look_who_is_awake(call.teacher)
         self._pending.add(call.key)
         self._lanes[call.teacher].waiting.append(call)
         self._pump()
@@ -307,10 +314,10 @@ class TeacherPool:
         """Whether a teacher may be asked; its first call then wakes it. Not while all that are awake have work."""
         if self._sleep is None:
             return True
-        if teacher not in self._awake:
-            while len(self._awake) >= self._sleep.residents:
+        if teacher not in self._awake and teacher not in self._sleep.pinned:
+            while len(neighbours := self._awake_beside(teacher)) >= self._sleep.residents:
                 idle = [
-                    name for name in self._awake if not self._lanes[name].waiting and not self._lanes[name].in_flight
+                    name for name in neighbours if not self._lanes[name].waiting and not self._lanes[name].in_flight
                 ]
                 if not idle:
                     return False
@@ -318,6 +325,14 @@ class TeacherPool:
         self._awake.pop(teacher, None)
         self._awake[teacher] = None
         return True
+
+    def _awake_beside(self, teacher: str) -> list[str]:
+        """Those on the same device that might make room, the least recently used first."""
+        assert self._sleep is not None
+        device = self._sleep.device_of.get(teacher)
+        return [
+            name for name in self._awake if name not in self._sleep.pinned and self._sleep.device_of.get(name) == device
+        ]
 
     def _put_to_sleep(self, teacher: str) -> None:
         assert self._sleep is not None
@@ -351,11 +366,16 @@ class TeacherPool:
         except TeacherUnavailableError:
             return None
 
-    def _look_who_is_awake(self) -> None:
+    def _look_who_is_awake(self, wanted: str) -> None:
+        """Ask the actors, and put to sleep who is too many, `wanted` last."""
+        assert self._sleep is not None
         found = [
             teacher for teacher, lane in self._lanes.items() if any(self._is_loaded(teacher, r) for r in lane.handles)
         ]
         self._awake = {**{name: None for name in self._awake if name in found}, **dict.fromkeys(found)}
+        for teacher in [*(name for name in found if name != wanted), wanted]:
+            if len(beside := self._awake_beside(teacher)) > self._sleep.residents and teacher in beside:
+                self._put_to_sleep(teacher)
 
     def _is_loaded(self, teacher: str, replica: int) -> bool:
         try:

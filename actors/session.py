@@ -24,6 +24,7 @@ from nexus.run import EVENTS_FILE, EventLog, RunDirectory
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherAnswer, TeacherWork
+    from actors.places import PlannedPlaces
     from actors.pool import TeacherPool
     from actors.teacher import LoadReport
     from nexus.towers.registry import TeacherSpec
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 1800.0
 """A 30B checkpoint quantises at 10-24 million parameters per second and core."""
 
+
+READ_TIMEOUT_S = 600.0
+"""A batch of rows is read in milliseconds; only a cluster without a free CPU takes this long."""
 
 FACTS_FILE = "teachers.json"
 """What the distilled student was trained with; written once the teachers are known."""
@@ -93,6 +97,7 @@ class Session:
         self._cluster: ClusterSession | None = None
         self._pool: TeacherPool | None = None
         self._reports: dict[str, LoadReport] = {}
+        self._places: PlannedPlaces | None = None
         self._student: Any = None
         self._signum: int | None = None
 
@@ -174,18 +179,22 @@ class Session:
 
             specs = self.specs
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
+            planned = self.planned_places
+            if planned is not None:
+                replicas = {spec.id: len(planned.options[spec.id]) for spec in specs}
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
                 replicas=replicas,
                 torch_threads=self.config.cluster.torch_threads,
-                num_gpus=self.gpu_share(sum(replicas.values()) + 1),
+                num_gpus=0.0 if planned else self.gpu_share(sum(replicas.values()) + 1),
+                places=None if planned is None else planned.options,
                 window=self.config.distill.window,
                 timeout_s=self.config.distill.target_timeout_s,
                 max_retries=self.config.distill.max_retries,
                 load_timeout_s=LOAD_TIMEOUT_S,
                 check=self.check_signals,
-                sleep=sleep_of(self.config),
+                sleep=sleep_of(self.config) if planned is None else planned.sleep,
             )
             for report in self._reports.values():
                 self.reporter.line(
@@ -195,6 +204,19 @@ class Session:
                 )
             logger.info("teachers loaded in %.1f s", time.perf_counter() - start)
         return self._pool
+
+    @property
+    def planned_places(self) -> PlannedPlaces | None:
+        """Where the plan puts teachers and students, reserved; None where the GPUs are shared evenly, or there is none."""
+        if self.config.cluster.placement == "even":
+            return None
+        if self._places is None:
+            self.cluster  # noqa: B018  # connects
+            from actors.places import plan_places
+
+            self._places = plan_places(self.config, self.specs)
+            self.reporter.line(self._places.description)
+        return self._places
 
     @property
     def load_reports(self) -> dict[str, LoadReport]:
@@ -320,7 +342,7 @@ class Session:
             pool=self.pool,
             quarantine_dir=self.run.path / "quarantine",
             max_bad_share=self.config.quarantine.max_bad_share,
-            timeout_s=self.config.distill.target_timeout_s,
+            timeout_s=READ_TIMEOUT_S,
             name=name,
             check=self.check_signals,
         ):

@@ -245,6 +245,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     """Train the student from its teachers and, beside it, the same student from the labelled rows alone."""
     import ray
 
+    from actors.pool import sleep_of
     from actors.trainer import STOP_TIMEOUT_S, TrainerActor, TrainerPlan
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
@@ -267,7 +268,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
-    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    planned = session.planned_places
+    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
         plan = TrainerPlan(
@@ -277,8 +279,10 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}") | {"num_gpus": share}
+        options = session.actor_options(f"trainer:{student}")
+        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}

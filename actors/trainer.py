@@ -21,7 +21,7 @@ from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 
 if TYPE_CHECKING:
     from actors.metrics import TrainerMetrics
-    from actors.pool import TeacherPool
+    from actors.pool import Sleep, TeacherPool
     from nexus.run import EventLog
     from nexus.student.memory import NexusStudent
     from nexus.towers.packing import PackedTargets
@@ -44,6 +44,8 @@ class TrainerPlan:
     """`distilled` or `labels_only`; names the checkpoint folder and the events."""
     teachers: tuple[TeacherFacts, ...]
     inject_spike: str | None
+    sleep: Sleep | None = None
+    """How its teachers share memory; None when all stay awake."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class TrainerActor:
         )
 
     def _source(self, events: EventLog) -> PoolSource:
-        from actors.pool import TeacherPool, sleep_of
+        from actors.pool import TeacherPool
 
         settings = self._plan.config.distill
         pool = TeacherPool.attach(
@@ -255,7 +257,7 @@ class TrainerActor:
             window=settings.window,
             timeout_s=settings.target_timeout_s,
             max_retries=settings.max_retries,
-            sleep=sleep_of(self._plan.config),
+            sleep=self._plan.sleep,
             on_event=lambda kind, teacher, reason: events.write(
                 {
                     "kind": "restart" if kind == "retry" else kind,

@@ -6,7 +6,8 @@ Four character-level language models (Qwen3, 3 layers of 96) are trained on four
 source code, prose of its documentation strings, JSON, and tables of numbers. One student, smaller than any of them (2 layers of 48),
 learns all four by forward KL on each teacher's own kind of text, through `GradientSurgeryLoss`. Every method gets the same start,
 the same order of batches and the same budget of CPU seconds of this process (wall time of a machine that does nothing else), so a
-method that takes longer steps makes fewer. `upgrad/10` solves every tenth step and keeps its plan between (`reapply_surgery`).
+method that takes longer steps makes fewer. `upgrad/10` finds a plan every tenth step and weighs the losses by it between, as a run
+with `distill.surgery.every: 10` does.
 
 Prints for each method the steps made, the cost of a step against the plain one, the share of solved steps with a conflict, and the
 mean and the worst teacher's divergence on held-out text, as the median over seeds; last, the conflict matrix of the first seed.
@@ -30,7 +31,8 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nexus.training.divergence import forward_kl
-from nexus.training.loss import GradientSurgeryLoss, SurgeryOutcome, apply_surgery, reapply_surgery
+from nexus.training.loss import GradientSurgeryLoss
+from nexus.training.teacher_gradients import SurgeryOutcome, SurgerySteps, TeacherGradients
 
 KINDS = ("code", "prose", "json", "tables")
 LENGTH, BATCH = 64, 8
@@ -167,10 +169,10 @@ def _student(
 ) -> Result:
     torch.manual_seed(seed)
     student, generator = _model(48, 2), torch.Generator().manual_seed(seed)
-    order = torch.Generator().manual_seed(seed)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     combine_losses = GradientSurgeryLoss(dict.fromkeys(KINDS, 1.0), ramp_steps=0, penalty=0.0)
+    surgery = None if method == "none" else SurgerySteps(method, every=every, seed=seed)
     outcome: SurgeryOutcome | None = None
     step = solved = conflicts = 0
     start = time.process_time()
@@ -181,18 +183,19 @@ def _student(
         }
         result = combine_losses(losses)
         optimizer.zero_grad()
-        if method == "none":
+        if surgery is None:
             result.loss.backward()
-        elif step % every == 0 or outcome is None:
-            # Every parameter takes part, so the plain backward pass would be overwritten and is left out.
-            outcome = apply_surgery(
-                losses, result, combine_losses.baselines, parameters, method=method, generator=order
-            )
+        elif surgery.due(tuple(result.coefficients)):
+            gradients = TeacherGradients(parameters, [])
+            for kind, loss in losses.items():
+                gradients.add(kind, loss)
+            outcome = gradients.write(result, combine_losses.baselines, surgery)
             assert outcome is not None
             solved += 1
             conflicts += outcome.plan.conflicts > 0
         else:
-            assert reapply_surgery(losses, result, combine_losses.baselines, parameters, outcome=outcome)
+            weighted = surgery.weighted(losses, result, combine_losses.baselines)
+            (result.loss if weighted is None else weighted).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1

@@ -118,7 +118,10 @@ app = _App(
     rich_markup_mode=None,
 )
 teachers_app = typer.Typer(
-    cls=_Commands, help="List, show, fetch and check teachers.", no_args_is_help=True, rich_markup_mode=None
+    cls=_Commands,
+    help="List, show, fetch, check, verify and weigh teachers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(teachers_app, name="teachers")
 
@@ -584,6 +587,77 @@ def teachers_check(
         typer.echo(f"{counts['ok']} of {len(rows)} ok, {counts['needs']} with needs, {counts['failed']} failed")
     if counts["failed"]:
         raise typer.Exit(ExitCodes.FAILED)
+
+
+@teachers_app.command("tax")
+def teachers_tax(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option("--teachers", metavar="ID,ID", help="Only these of the run. Default: all.", show_default=False),
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out rows of each capability.")] = 64,
+    models_dir: ModelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what NF4 costs a run's teachers on held-out rows.
+
+    KL(original || NF4) per token, agreement of the most probable token or label, scores of both; cosine for embeddings.
+    """
+    from dataclasses import asdict
+
+    from jobs.execute import load_run_config
+    from jobs.tax import measure_taxes, render_tax
+    from jobs.teachers import quiet_libraries
+
+    run, source, note = load_run_config(config, tuple(overrides or ()))
+    if not as_json:
+        typer.echo(f"configuration: {source}{note}")
+    quiet_libraries()
+    rows = []
+    for row in measure_taxes(run, _ids(teachers), max_rows=max_rows, models_dir=models_dir):
+        rows.append(row)
+        if not as_json:
+            typer.echo(render_tax(row))
+    if as_json:
+        _print_json({"config": str(source), "taxes": [asdict(row) for row in rows]})
+
+
+@teachers_app.command("verify")
+def teachers_verify(
+    teachers: Annotated[
+        str | None, typer.Option("--teachers", metavar="ID,ID", help="Only these. Default: all.", show_default=False)
+    ] = None,
+    models_dir: ModelsOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Compare checkpoints on this machine with the registry: files, hashes, revision, class, tensors.
+
+    Uses no network and says what only the repository can tell. The exit code is 1 when one failed.
+    """
+    from dataclasses import asdict
+
+    from jobs.teachers import quiet_libraries, render_verification
+    from nexus.towers.registry import load_registry
+    from nexus.towers.verify import verify_teachers
+
+    quiet_libraries()
+    rows = []
+    for row in verify_teachers(load_registry(), _ids(teachers), models_dir=models_dir):
+        rows.append(row)
+        if not as_json:
+            typer.echo(render_verification(row))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(ExitCodes.FAILED)
+
+
+def _ids(text: str | None) -> tuple[str, ...]:
+    return tuple(name for name in (text or "").split(",") if name)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,20 @@ import psutil
 import yaml
 
 from nexus.config import RegistryTeacher, RunConfig, resolve_path
-from nexus.errors import ConfigError
 from nexus.serving.placement import (
     GIB,
     NodeShape,
     Place,
     Placement,
     Speeds,
+    TenantNeed,
     parse_cluster,
     plan_placement,
 )
 from nexus.serving.sizes import (
     STUDENT,
     TeacherSize,
-    expected_rows,
+    run_needs,
     size_of_checkpoint,
     size_of_entry,
     student_need,
@@ -74,20 +74,14 @@ def plan_run(config: RunConfig, *, gpus: str | None, models_dir: Path | None, ev
     """
     nodes, words = (parse_cluster(gpus), f"as given: {gpus}") if gpus is not None else this_machine()
     registry = load_registry()
-    length = config.student.max_length
     if every_teacher:
-        most = max(config.distill.steps * source.batch_size for source in config.data)
+        most = max(source.batch_size for source in config.data)
         sizes = tuple(_registry_size(registry, entry.id, models_dir) for entry in registry.teachers)
-        tokens = dict.fromkeys(registry.ids(), float(most * length))
+        rows = config.distill.steps * most
+        student, needs = _needs_of_all(config, sizes, float(rows * config.student.max_length))
     else:
         sizes = tuple(_size(config, index, registry, models_dir) for index in range(len(config.teachers)))
-        tokens = {teacher.id: float(expected_rows(config, teacher.id) * length) for teacher in config.teachers}
-    if STUDENT in tokens:
-        raise ConfigError(f"Expected teachers with other ids than {STUDENT!r}, which the plan needs. Rename that one.")
-    needs = [teacher_need(size, tokens[size.id]) for size in sizes]
-    preset = shipped_config(f"student/{config.student.preset}.yaml")
-    core = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]
-    student = student_need(core, sum(tokens.values()))
+        student, *needs = run_needs(config, sizes)
     speeds = Speeds()
     return RunPlan(
         cluster=words,
@@ -97,6 +91,15 @@ def plan_run(config: RunConfig, *, gpus: str | None, models_dir: Path | None, ev
         extraction=plan_placement(needs, nodes, purpose="extract", speeds=speeds),
         speeds=speeds,
     )
+
+
+def _needs_of_all(
+    config: RunConfig, sizes: Sequence[TeacherSize], tokens: float
+) -> tuple[TenantNeed, list[TenantNeed]]:
+    """The student's need and those of teachers that the configuration does not name, each with so many tokens."""
+    preset = shipped_config(f"student/{config.student.preset}.yaml")
+    core = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]
+    return student_need(core, tokens * len(sizes)), [teacher_need(size, tokens) for size in sizes]
 
 
 def this_machine() -> tuple[tuple[NodeShape, ...], str]:

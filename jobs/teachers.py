@@ -1,4 +1,4 @@
-"""`nexus teachers list|show|pull|check`: the registry on the command line."""
+"""`nexus teachers list|show|pull|check|verify`: the registry on the command line; tax is in tax.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nexus.towers.registry import load_registry, pull_teacher
 
 if TYPE_CHECKING:
     from nexus.towers.check import CheckRow
+    from nexus.towers.verify import VerifyRow
 
 COLUMNS = ("id", "role", "towers", "capabilities", "GiB in NF4", "needs")
 MAX_NEEDS = 46
@@ -75,18 +76,30 @@ def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None, kee
     Raises:
         TowerLoadError: an unknown id.
     """
+    from nexus.towers.check import check_teachers
+
+    quiet_libraries()
+    ids = tuple(name for name in (teachers or "").split(",") if name)
+    yield from check_teachers(load_registry(), ids, tiny=tiny, models_dir=models_dir, keep=keep)
+
+
+def quiet_libraries() -> None:
+    """One bar and several hints per checkpoint would bury the rows."""
     import logging
 
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from nexus.towers.check import check_teachers
-
-    # One bar and several hints per checkpoint would bury the rows.
     disable_progress_bar()
     set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    ids = tuple(name for name in (teachers or "").split(",") if name)
-    yield from check_teachers(load_registry(), ids, tiny=tiny, models_dir=models_dir, keep=keep)
+
+
+def render_verification(row: VerifyRow) -> str:
+    """One row for people."""
+    outcome = row.status if row.status == "ok" else f"{row.status}: {row.reason}"
+    notes = [f"verified: {', '.join(row.verified)}"] if row.verified else []
+    notes += [f"verify: online ({', '.join(row.online)})"] if row.online else []
+    return f"{row.id:<24} {outcome}" + (f"  [{'; '.join(notes)}]" if notes else "")
 
 
 def check_document(row: CheckRow) -> dict[str, Any]:

@@ -17,17 +17,20 @@ __version__ = "0.1.0"
 
 def _register_config(configuration_auto: ModuleType) -> None:
     """Makes the student's `model_type` known to AutoConfig, and to whatever finds its class through AutoConfig."""
-    from nexus.student.config import NexusStudentConfig
+    from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
 
-    configuration_auto.AutoConfig.register(NexusStudentConfig.model_type, NexusStudentConfig, exist_ok=True)
+    for kind in (NexusStudentConfig, PretrainedCoreConfig):
+        configuration_auto.AutoConfig.register(kind.model_type, kind, exist_ok=True)
 
 
 def _register_model(modeling_auto: ModuleType) -> None:
     """Makes AutoModelForCausalLM build the student for its configuration."""
-    from nexus.student.config import NexusStudentConfig
+    from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
     from nexus.student.core import NexusStudentCore
+    from nexus.student.trunk import PretrainedCore
 
     modeling_auto.AutoModelForCausalLM.register(NexusStudentConfig, NexusStudentCore, exist_ok=True)
+    modeling_auto.AutoModelForCausalLM.register(PretrainedCoreConfig, PretrainedCore, exist_ok=True)
 
 
 # Each runs once, at the import of the module it names, or now if that was imported before. The two are separate because

@@ -56,6 +56,9 @@ class _TeacherBase(ConfigSection):
     """Weight among the teachers; normalised to sum 1."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
+    placement: Literal["memory", "streamed"] = "memory"
+    """`streamed` leaves the teacher's blocks in `cache.dir` and runs a batch through one after the other, for an encoder that exceeds
+    the device. A run asks language models for answers, token by token, so they cannot be streamed in it."""
     replicas: int = Field(1, gt=0, le=64)
     """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
     transport: Transport | None = None
@@ -132,6 +135,14 @@ class DataConfig(ConfigSection):
     def _keywords_need_a_tower(self) -> DataConfig:
         if self.keywords and not self.towers:
             raise ValueError(f"keywords of capability {self.capability!r} have no effect without towers; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_needs_audio(self) -> DataConfig:
+        if self.snr_db is not None and "audio" not in self.towers:
+            raise ValueError(
+                f"snr_db of capability {self.capability!r} has no effect without audio among its towers; remove it"
+            )
         return self
 
 
@@ -218,7 +229,9 @@ class SurgerySection(ConfigSection):
             chosen = ["every"] if "every" in self.model_fields_set else []
             chosen += ["subset"] if self.subset != "adapters_and_trunk" else []
             if chosen:
-                raise ValueError(f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad")
+                raise ValueError(
+                    f"{chosen[0]} has no effect while method is none; remove it or choose upgrad or pcgrad"
+                )
         return self
 
 
@@ -323,6 +336,11 @@ class ClusterConfig(ConfigSection):
     object_store_mib: int = Field(256, ge=80)
     torch_threads: int = Field(1, gt=0)
     """Threads of each actor's tensor operations."""
+    placement: Literal["even", "planned"] = "even"
+    """even: all actors hold equal parts of the GPUs. planned: as `nexus plan` says for the cluster that is joined; who does not fit
+    sleeps on its own GPU, and spare GPUs get copies of the slowest teachers."""
+    gpu_gib: float | None = Field(None, gt=0)
+    """Free memory of each GPU for the plan; None asks the GPUs."""
     resident_teachers: int | None = Field(None, gt=0)
     """Teachers that are awake at a time; the others sleep, and the least recently used one is put to sleep for the next. None keeps
     all awake. `nexus plan` says how many fit."""
@@ -332,8 +350,17 @@ class ClusterConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _sleepers_need_a_limit(self) -> ClusterConfig:
-        if self.resident_teachers is None and "sleeper_mib" in self.model_fields_set and self.sleeper_mib != 600:
-            raise ValueError("sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers")
+        default = ClusterConfig.model_fields["sleeper_mib"].default
+        if self.resident_teachers is None and self.placement == "even" and self.sleeper_mib != default:
+            raise ValueError(
+                "sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers"
+            )
+        if self.gpu_gib is not None and self.placement == "even":
+            raise ValueError("gpu_gib has no effect while placement is even; remove it or set placement: planned")
+        if self.resident_teachers is not None and self.placement == "planned":
+            raise ValueError(
+                "resident_teachers has no effect while placement is planned, which chooses it; remove one of them"
+            )
         return self
 
 
@@ -399,6 +426,15 @@ class RunConfig(ConfigSection):
         return self
 
     @model_validator(mode="after")
+    def _blocks_have_a_folder(self) -> RunConfig:
+        streamed = [teacher.id for teacher in self.teachers if teacher.placement == "streamed"]
+        if streamed and self.cache.dir is None:
+            raise ValueError(
+                f"teacher {streamed[0]!r} is streamed from cache.dir, which is null; name a folder, or set its placement to memory"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transports_are_used(self) -> RunConfig:
         for teacher in self.teachers:
             if (
@@ -414,6 +450,36 @@ class RunConfig(ConfigSection):
             is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
             if not is_default and transport not in used:
                 raise ValueError(f"distill.{name} has no effect while no teacher's transport is {transport}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> RunConfig:
+        """Refuses what would change nothing, where it differs from the default; `nexus.training.setup` refuses what facts decide."""
+        distill = self.distill
+        for name, reason in {
+            "final_rate": "schedule is constant" if distill.schedule == "constant" else None,
+            "decay_share": None if distill.schedule == "wsd" else "schedule is not wsd",
+            "anchor_start": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "anchor_end": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "gold_weight": None if any(source.labelled for source in self.data) else "no data have labelled rows",
+            "labelled_batch_size": None
+            if any(source.labelled for source in self.data)
+            else "no data have labelled rows",
+        }.items():
+            _refuse_changed(distill, name, f"distill.{name}", reason)
+        alone = "there is one teacher" if len(self.teachers) == 1 else None
+        for name in ("mode", "penalty", "ramp_steps"):
+            unused = "penalty is 0" if distill.variance.penalty == 0 and name != "penalty" else None
+            _refuse_changed(distill.variance, name, f"distill.variance.{name}", alone or unused)
+        _refuse_changed(distill.surgery, "method", "distill.surgery.method", alone)
+        for teacher in self.teachers:
+            for name in ("start_step", "ramp_steps"):
+                _refuse_changed(teacher, name, f"{name} of teacher {teacher.id!r}", alone)
+            if teacher.start_step >= distill.steps:
+                raise ValueError(
+                    f"expected start_step of teacher {teacher.id!r} below distill.steps ({distill.steps}), found "
+                    f"{teacher.start_step}: it would never take part; lower it"
+                )
         return self
 
     def transport_of(self, teacher: str) -> Transport:
@@ -433,6 +499,12 @@ class RunConfig(ConfigSection):
         """Hash of the named top-level sections (all of them when none is named)."""
         document = self.model_dump(mode="json")
         return fingerprint_of({key: document[key] for key in (sections or sorted(document))})
+
+
+def _refuse_changed(section: BaseModel, name: str, place: str, reason: str | None) -> None:
+    """Raise ValueError for a setting that is not its default although, for `reason`, nothing reads it; None reads it."""
+    if reason is not None and getattr(section, name) != type(section).model_fields[name].default:
+        raise ValueError(f"{place} has no effect while {reason}; remove it")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------------

@@ -219,3 +219,75 @@ def test_a_transport_of_an_encoder_is_refused():
     document = _document()
     document["teachers"][2]["transport"] = "hidden"
     assert "transport of teacher 'sample-vision' has no effect" in _error(document)
+
+
+def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
+    off = load_config(QUICKSTART, ["cache.dir=null"])
+    (tmp_path / "c.yaml").write_text(dump_config(off))
+    assert load_config(tmp_path / "c.yaml") == off
+    for override, expected in (
+        ("cache.min_parameters=5", "min_parameters has no effect while dir is null"),
+        ("teachers.sample-vision.placement=streamed", "is streamed from cache.dir, which is null"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            load_config(QUICKSTART, ["cache.dir=null", override])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"distill.final_rate": 0.5, "distill.schedule": "constant"},
+            "distill.final_rate has no effect while schedule is constant",
+        ),
+        ({"distill.decay_share": 0.5}, "distill.decay_share has no effect while schedule is not wsd"),
+        ({"data.1.snr_db": 3.0}, "snr_db of capability 'code' has no effect without audio"),
+        (
+            {"distill.variance.penalty": 0.0, "distill.variance.mode": "std"},
+            "distill.variance.mode has no effect while penalty is 0",
+        ),
+        ({"distill.surgery.subset": "trunk"}, "subset has no effect while method is none"),
+        ({"teachers.0.start_step": 700}, "it would never take part; lower it"),
+        (
+            {f"teachers.{n}.anchor": False for n in range(4)},
+            "distill.anchor_start has no effect while no teacher is anchored",
+        ),
+        (
+            {f"data.{n}.labelled": [] for n in range(4)},
+            "distill.gold_weight has no effect while no data have labelled rows",
+        ),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [f"{key}={value}" for key, value in changes.items()])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("distill.variance.mode=std", "distill.variance.mode"),
+        ("distill.variance.ramp_steps=5", "distill.variance.ramp_steps"),
+        ("distill.surgery.method=upgrad", "distill.surgery.method"),
+        ("teachers.0.ramp_steps=5", "ramp_steps of teacher 'sample-reasoning'"),
+    ],
+)
+def test_settings_between_teachers_are_refused_where_there_is_one(override, place):
+    document = _document()
+    document["teachers"], document["data"] = document["teachers"][:1], document["data"][:1]
+    key, _, value = override.partition("=")
+    *parents, last = key.split(".")
+    section = document
+    for part in parents:
+        section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
+    section[last] = yaml.safe_load(value)
+    assert f"{place} has no effect while there is one teacher" in _error(document)
+
+
+def test_the_settings_of_training_read_back_equal(tmp_path):
+    changes = ["distill.schedule=wsd", "distill.decay_share=0.3", "distill.ema_decay=0.9", "teachers.1.start_step=5"]
+    config = load_config(QUICKSTART, changes)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config

@@ -509,7 +509,9 @@ def _conflicts(surgeries: Sequence[Mapping[str, object]]) -> _Conflicts | None:
     means = {pair: sum(values) / len(values) for pair, values in cosines.items()}
     largest = max((abs(mean) for mean in means.values()), default=0.0) or 1.0
     cells = {
-        pair: _ConflictCell(mean, sum(c < 0.0 for c in cosines[pair]) / len(cosines[pair]), round(abs(mean) / largest, 3))
+        pair: _ConflictCell(
+            mean, sum(c < 0.0 for c in cosines[pair]) / len(cosines[pair]), round(abs(mean) / largest, 3)
+        )
         for pair, mean in means.items()
     }
     names = tuple(sorted(teachers))

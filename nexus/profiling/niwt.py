@@ -9,6 +9,7 @@ V = L+1 variants (the clean one first), N scored tokens, D width.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ from nexus.profiling.cost import (
 from nexus.profiling.decoding import NotStackableError, brute_generations, stacked_generations, stop_tokens
 from nexus.profiling.inputs import ModelInputs, encoding_part, left_aligned, model_inputs
 from nexus.profiling.interventions import mean_update, noise, reconstruction
-from nexus.profiling.layers import Side, find_blocks, find_stacks, undisturbed
+from nexus.profiling.layers import BlockStack, Side, find_blocks, find_stacks, undisturbed
 from nexus.profiling.perturbation import (
     Intervention,
     Observer,
@@ -73,6 +74,7 @@ from nexus.profiling.perturbation import (
 )
 from nexus.profiling.probe import ProbeStatistics
 from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
+from nexus.profiling.scales import plain_scales
 from nexus.profiling.spectral import Comoment
 
 __all__ = ["EncoderProfileBatch", "NIWTProfiler", "ProfileBatch", "SamplingPlan"]
@@ -241,7 +243,7 @@ class NIWTProfiler:
                 return brute()
             return self._stacked_or("decoding", stacked, brute, "one decode per ablation")
 
-        with undisturbed(self.model):
+        with undisturbed(self.model), plain_scales(self.model):
             parts = self._in_micro_batches(sizes[chosen], [input_ids_BT, attention_mask_BT, *beside.values()], run)
         return torch.cat(parts, dim=1).to(input_ids_BT.device)
 
@@ -717,14 +719,15 @@ class NIWTProfiler:
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         config = self.model.config.get_text_config()
-        # Keys and values are at most as wide as the hidden states. Those of cross-attention are kept once per sample, and copied for
-        # the rows of one block at a time; where the encoder is ablated each row has its own.
-        states = num_columns * (1 + num_kept) + 2 * len(self.stack) * num_cached + 3 * num_heard
+        # Keys and values of cross-attention are kept once per sample, and copied for the rows of one block at a time; where the
+        # encoder is ablated each row has its own.
+        states = num_columns * (1 + num_kept) + 3 * num_heard
         if num_heard:
             num_columns = num_columns if self.stack.side == "decoder" else num_heard
             num_shares = num_variants if self.stack.side == "decoder" or num_cached == 0 else 1
             states += 2 * len(self.stack) * num_heard // num_shares
-        values = states * config.hidden_size + num_logits * config.vocab_size
+        cached = 2 * len(self.stack) * num_cached * _cached_width(self.stack, config.hidden_size)
+        values = states * config.hidden_size + cached + num_logits * config.vocab_size
         device = "cpu" if self.model.device.type == "cpu" else "accelerator"
         size = _WORKSPACE_BYTES[device] // int(num_variants * values * self.model.dtype.itemsize)
         if device == "cpu" and num_cached == 0:
@@ -750,6 +753,8 @@ class NIWTProfiler:
         """
         results: list[Part] = []
         start = 0
+        # Evenly: a last micro-batch of one row costs as many calls as a full one.
+        size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / size))
         while start < len(tensors[0]):
             size = min(size, self._fitting_size or size)
             part = [tensor[start : start + size].to(self.model.device) for tensor in tensors]
@@ -816,6 +821,14 @@ def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Ten
     if wrong:
         raise ValueError(f"Expected inputs with the batch of {num_rows} rows in front, found shapes {wrong}.")
     return dict(inputs or {})
+
+
+def _cached_width(stack: BlockStack, hidden_size: int) -> int:
+    """Return how many numbers a token's keys take in one block, and its values again: what the key projection gives where there is
+    one, else at most the width of the hidden states."""
+    modules = (named for block in stack.blocks for named in block.named_modules())
+    widths = [int(module.out_features) for name, module in modules if name.endswith("k_proj")]
+    return max(widths, default=hidden_size)
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from nexus.config import RunConfig
-from nexus.errors import TowerLoadError
+from nexus.errors import ConfigError, TowerLoadError
 from nexus.serving.placement import GIB, TenantNeed
-from nexus.towers.registry import TeacherEntry
+from nexus.towers.registry import TeacherEntry, shipped_config
 
 NF4_BITS = 4.13
 """With double quantisation, of matrices of 1024 x 1024 and more."""
@@ -159,6 +161,17 @@ def expected_rows(config: RunConfig, teacher: str) -> int:
     """Rows that training draws for one teacher."""
     chosen = next(item for item in config.teachers if item.id == teacher)
     return sum(config.distill.steps * config.data_of(name).batch_size for name in chosen.capabilities)
+
+
+def run_needs(config: RunConfig, sizes: Sequence[TeacherSize]) -> list[TenantNeed]:
+    """The student's need, then each teacher's, for the rows that training draws."""
+    length = config.student.max_length
+    tokens = {size.id: float(expected_rows(config, size.id) * length) for size in sizes}
+    if STUDENT in tokens:
+        raise ConfigError(f"Expected teachers with other ids than {STUDENT!r}, which the plan needs. Rename that one.")
+    preset = shipped_config(f"student/{config.student.preset}.yaml")
+    core = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]
+    return [student_need(core, sum(tokens.values())), *(teacher_need(size, tokens[size.id]) for size in sizes)]
 
 
 def _is_quantisable(name: str, shape: list[int], skip_modules: tuple[str, ...]) -> bool:

@@ -6,6 +6,9 @@ L layers, Q ports.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from nexus.errors import ConfigError
@@ -96,6 +99,15 @@ class NexusStudentConfig(PreTrainedConfig):
     def port_layers(self) -> tuple[int, ...]:
         """Indices of the layers that a port precedes, ascending."""
         return tuple(range(self.port_every, self.num_hidden_layers, self.port_every))
+
+
+class PretrainedCoreConfig(NexusStudentConfig):
+    """Configuration of a trunk whose layers are those of another causal language model (`nexus.student.trunk`)."""
+
+    model_type = "nexus_student_pretrained"
+
+    trunk: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """That model's own configuration, `model_type` included."""
 
 
 def parameter_count(config: NexusStudentConfig) -> int:

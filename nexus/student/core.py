@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -43,6 +44,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         self.ports = nn.ModuleDict({str(index): CrossAttentionPort(config) for index in config.port_layers})
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._recomputes = False
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -105,9 +107,9 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
                 f"Expected cache_position to begin at the {num_past} cached tokens, found {int(cache_position[0])}. "
                 "Pass the cache that belongs to these tokens, or leave cache_position out."
             )
-        mask_BS = _token_mask(attention_mask, hidden_BTD, num_past)
+        mask_BS = token_mask(attention_mask, hidden_BTD, num_past)
         if position_ids is None:
-            position_ids = _positions(mask_BS, hidden_BTD, num_past)
+            position_ids = token_positions(mask_BS, hidden_BTD, num_past)
         rotary = _rotary(position_ids, self.config, hidden_BTD.dtype)
         attention_bias = _causal_mask(mask_BS, num_new, num_past, hidden_BTD.device)
         contexts = self._project_context(context_BCD, context_mask_BC, past_key_values, hidden_BTD)
@@ -116,22 +118,29 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(self.layers):
             if index in contexts:
                 hidden_BTD = self.ports[str(index)](hidden_BTD, contexts[index])
-            hidden_BTD = layer(hidden_BTD, rotary, attention_bias, past_key_values)
+            if self._recomputes and self.training and past_key_values is None:
+                hidden_BTD = checkpoint(layer, hidden_BTD, rotary, attention_bias, None, use_reentrant=False)
+            else:
+                hidden_BTD = layer(hidden_BTD, rotary, attention_bias, past_key_values)
             states.append(hidden_BTD)
         hidden_BTD = states[-1] = self.norm(hidden_BTD)
 
-        kept_BTD = hidden_BTD if logits_to_keep == 0 else _last_positions(hidden_BTD, mask_BS, logits_to_keep)
+        kept_BTD = hidden_BTD if logits_to_keep == 0 else last_positions(hidden_BTD, mask_BS, logits_to_keep)
         logits_BTV = self.lm_head(kept_BTD)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else _next_token_loss(logits_BTV, labels),
+            loss=None if labels is None else next_token_loss(logits_BTV, labels),
             logits=logits_BTV,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
+
+    def save_activations_less(self) -> None:
+        """Recompute the layers' activations in the backward pass instead of keeping them; the gradient stays the same."""
+        self._recomputes = True
 
     def lower_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """States [B, T, D] below the first port, which no context can have touched.
@@ -139,8 +148,8 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         Equal to `hidden_states[config.port_every]` of `forward`, at the cost of those layers only.
         """
         hidden_BTD: Tensor = self.embed_tokens(input_ids)
-        mask_BS = _token_mask(attention_mask, hidden_BTD, 0)
-        rotary = _rotary(_positions(mask_BS, hidden_BTD, 0), self.config, hidden_BTD.dtype)
+        mask_BS = token_mask(attention_mask, hidden_BTD, 0)
+        rotary = _rotary(token_positions(mask_BS, hidden_BTD, 0), self.config, hidden_BTD.dtype)
         attention_bias = _causal_mask(mask_BS, hidden_BTD.shape[1], 0, hidden_BTD.device)
         for layer in self.layers[: self.config.port_every]:
             hidden_BTD = layer(hidden_BTD, rotary, attention_bias, None)
@@ -337,7 +346,7 @@ def _attend(query_BHTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, mask: Tens
     return attended_BHTd.transpose(1, 2).flatten(2)
 
 
-def _token_mask(attention_mask: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Tensor | None:
+def token_mask(attention_mask: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Tensor | None:
     """bool [B, S], or None when every token is real."""
     if attention_mask is None:
         return None
@@ -350,7 +359,7 @@ def _token_mask(attention_mask: Tensor | None, hidden_BTD: Tensor, num_past: int
     return attention_mask.to(device=hidden_BTD.device, dtype=torch.bool)
 
 
-def _positions(mask_BS: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Tensor:
+def token_positions(mask_BS: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Tensor:
     """int64 [B or 1, T]: how many real tokens came before; padding before the first real token stands at 0."""
     num_new = hidden_BTD.shape[1]
     if mask_BS is None:
@@ -387,7 +396,7 @@ def _causal_mask(mask_BS: Tensor | None, num_new: int, num_past: int, device: to
     return ((causal_TS & mask_BS[:, None, :]) | (all_S[None] == own_T[:, None]))[:, None]
 
 
-def _last_positions(hidden_BTD: Tensor, mask_BS: Tensor | None, count: int) -> Tensor:
+def last_positions(hidden_BTD: Tensor, mask_BS: Tensor | None, count: int) -> Tensor:
     """[B, count, D]: the last `count` positions of each row up to its last real token."""
     num_new = hidden_BTD.shape[1]
     if mask_BS is None:
@@ -398,7 +407,7 @@ def _last_positions(hidden_BTD: Tensor, mask_BS: Tensor | None, count: int) -> T
     return hidden_BTD.gather(1, places_BN[..., None].expand(-1, -1, hidden_BTD.shape[-1]))
 
 
-def _next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean cross-entropy, nats per scored label. Zero, still attached to the graph, when no label is scored."""
     targets = labels_BT[:, 1:].to(logits_BTV.device)
     total = F.cross_entropy(

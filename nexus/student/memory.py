@@ -26,10 +26,11 @@ from nexus.adapters.reasoning import ReasoningAdapter
 from nexus.adapters.vision import VisionAdapter
 from nexus.config import TOWERS
 from nexus.errors import ArtifactError
-from nexus.student.config import NexusStudentConfig
+from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
 from nexus.student.core import NexusStudentCore
 from nexus.student.presets import StudentSpec
 from nexus.student.router import RouterDecision, SparseIntentRouter
+from nexus.student.trunk import PretrainedCore, build_core
 
 SPEC_FILE = "student.json"
 ADAPTERS_FILE = "adapters.safetensors"
@@ -148,7 +149,7 @@ class NexusStudent(nn.Module):
         super().__init__()
         encoders = encoders or {}
         self.spec = spec
-        self.core = NexusStudentCore(spec.core)
+        self.core = build_core(spec.core)
         adapters: dict[str, nn.Module] = {}
         if spec.reasoning is not None:
             adapters["reasoning"] = ReasoningAdapter(spec.reasoning)
@@ -345,7 +346,7 @@ class NexusStudent(nn.Module):
         try:
             spec = StudentSpec.from_dict(json.loads((directory / SPEC_FILE).read_text(encoding="utf-8")))
             student = cls(spec, encoders=encoders)
-            student.core = NexusStudentCore.from_pretrained(directory, dtype="auto")
+            student.core = type(student.core).from_pretrained(directory, dtype="auto")
             student.adapters.load_state_dict(load_file(directory / ADAPTERS_FILE))
         except Exception as error:  # json, safetensors and transformers each raise their own
             raise ArtifactError(f"Expected a student in {directory}, found: {error}. Export it again.") from error
@@ -359,6 +360,8 @@ def register_auto_classes() -> None:
 
     AutoConfig.register(NexusStudentConfig.model_type, NexusStudentConfig, exist_ok=True)
     AutoModelForCausalLM.register(NexusStudentConfig, NexusStudentCore, exist_ok=True)
+    AutoConfig.register(PretrainedCoreConfig.model_type, PretrainedCoreConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PretrainedCoreConfig, PretrainedCore, exist_ok=True)
 
 
 def _places(owners_M: Tensor, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nexus.adapters.base import AdapterConfig, Alignment
 from nexus.adapters.reasoning import ReasoningAdapterConfig
 from nexus.adapters.vision import VisionAdapterConfig
 from nexus.errors import ConfigError
-from nexus.student.config import NexusStudentConfig
+from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
 from nexus.student.router import SparseIntentRouterConfig
 
 _ADAPTER_CONFIGS: dict[str, type[AdapterConfig]] = {
@@ -61,7 +61,7 @@ class StudentSpec:
             "eos_token_id": eos_token_id,
             "bos_token_id": bos_token_id,
         }
-        return dataclasses.replace(self, core=NexusStudentConfig.from_dict({**self.core.to_dict(), **changes}))
+        return dataclasses.replace(self, core=type(self.core).from_dict({**self.core.to_dict(), **changes}))
 
     def with_alignments(self, tower: str, alignments: Iterable[Alignment]) -> StudentSpec:
         """The same student whose `tower` can be aligned with these teachers' features."""
@@ -90,13 +90,14 @@ class StudentSpec:
             raise ConfigError(
                 f"Expected the sections core, router and any of {', '.join(_ADAPTER_CONFIGS)}, found {found}."
             )
-        known = {field.name for field in dataclasses.fields(NexusStudentConfig)}
+        kind = PretrainedCoreConfig if "trunk" in values["core"] else NexusStudentConfig
+        known = {field.name for field in dataclasses.fields(kind)}
         strange = sorted(values["core"].keys() - known - {"model_type"})
         if strange:
             raise ConfigError(
                 f"Expected keys of the trunk's configuration under core, found {strange[0]!r}. Remove it."
             )
-        core = NexusStudentConfig.from_dict(dict(values["core"]))
+        core = kind.from_dict(dict(values["core"]))
         adapters: dict[str, Any] = {
             tower: config.from_dict({"context_width": core.hidden_size, **values[tower]}) if tower in values else None
             for tower, config in _ADAPTER_CONFIGS.items()
@@ -105,12 +106,16 @@ class StudentSpec:
         return cls(core=core, router=router, **adapters)
 
 
-def load_student_spec(path: Path) -> StudentSpec:
-    """Read a student's YAML, such as those in configs/student. Raises ConfigError."""
+def load_student_spec(path: Path, *, trunk: PretrainedCoreConfig | None = None) -> StudentSpec:
+    """Read a student's YAML, such as those in configs/student. Raises ConfigError.
+
+    Args:
+        trunk: takes the place of the YAML's core; the widths of adapters and router that were left out follow it.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"Expected a student's description in YAML at {path}, found: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"Expected a mapping at the top of {path}, found {type(values).__name__}.")
-    return StudentSpec.from_dict(values)
+    return StudentSpec.from_dict(values if trunk is None else {**values, "core": trunk.to_dict()})

@@ -5,15 +5,32 @@ Hooks and not `output_hidden_states`, whose last entry is taken after the final 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.errors import ConfigError
 from nexus.profiling.layers import find_blocks
+
+T = TypeVar("T")
+
+
+class Passes(Protocol):
+    """Runs calls that each contain forwards of one model; their results, in order."""
+
+    def __call__(self, calls: Sequence[Callable[[], T]]) -> Iterable[T]:
+        """A model in memory makes them one after the other; a streamed one makes them together (streamed.py)."""
+        ...
+
+
+def one_by_one(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """Each call when its result is asked for."""
+    for call in calls:
+        yield call()
 
 
 @contextmanager
@@ -32,9 +49,13 @@ def recorded_blocks(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[d
             "Profile this teacher again."
         )
 
+    # The forwards of a streamed model go through its blocks in turns, each in a thread of its own.
+    thread = threading.get_ident()
+
     def record(layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            recorded[layer] = output[0] if isinstance(output, tuple) else output
+            if threading.get_ident() == thread:
+                recorded[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 from nexus.artifacts import StrictModel, fingerprint_of, read_artifact, sha256_of, write_artifact
 from nexus.errors import ArtifactError, TowerLoadError
 from nexus.towers.checkpoint import Checkpoint, SourceFile, sampled_digest, source_files, weights_digest
+from nexus.towers.experts import packed_tensors
 from nexus.towers.nf4 import CoverageReport, QuantisationPlan
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,29 @@ class CacheEntry:
     folder: Path
     manifest: CacheManifest
 
-    def block_files(self) -> tuple[Path, ...]:
-        """One file per block, in order."""
-        return tuple(self.folder / name for name in sorted(self.manifest.files) if name != REST)
+    def block_files(self) -> tuple[tuple[Path, ...], ...]:
+        """The files of each block, in order."""
+        files: dict[str, list[Path]] = defaultdict(list)
+        for name in sorted(self.manifest.files):
+            if name != REST:
+                files[name.rpartition("-")[0]].append(self.folder / name)
+        return tuple(tuple(paths) for paths in files.values())
+
+    def fill_rest(self, model: PreTrainedModel, device: torch.device) -> None:
+        """As `fill`, but without the blocks.
+
+        Raises:
+            TowerLoadError: blocks share parameters with each other or with the rest, so that they cannot come and go.
+        """
+        rest = read_tensors(self.folder / REST)
+        shared = [alias for alias, name in self.manifest.ties.items() if name not in rest]
+        if shared:
+            raise TowerLoadError(
+                f"Expected blocks of their own in teacher {self.manifest.teacher!r}, found that {shared[0]!r} is shared. Load it "
+                "whole instead of streamed."
+            )
+        install(model, rest, device)
+        self.tie(model)
 
     def fill(self, model: PreTrainedModel, device: torch.device) -> None:
         """Put every stored tensor into `model`, whose modules are as quantisation leaves them and whose tensors are on meta."""
@@ -139,20 +160,19 @@ class QuantisedCache:
             digest: the checkpoint's `weights_digest`.
         """
         with self.writing(teacher, recipe) as draft:
-            tensors, ties = stored_state(model)
-            for name, group in _by_block(tensors, blocks).items():
-                draft.add(name, group)
-            return draft.publish(
-                CacheManifest(
+            return draft.finish(
+                model,
+                blocks=blocks,
+                manifest=CacheManifest(
                     teacher=teacher,
                     recipe=recipe,
                     source=source_files(checkpoint),
                     weights_digest=digest,
                     own_quantiser=own_quantiser,
                     coverage=coverage,
-                    files=draft.files,
-                    ties=ties,
-                )
+                    files={},
+                    ties={},
+                ),
             )
         return None
 
@@ -162,6 +182,39 @@ class QuantisedCache:
 
     def _folder(self, teacher: str, recipe: Mapping[str, Any]) -> Path:
         return self.directory / f"{teacher}-{fingerprint_of(recipe)}"
+
+
+class BlockSpill:
+    """Takes the packed tensors of blocks as they are made (`nexus.towers.experts.spilling`) and writes a file per block."""
+
+    def __init__(self, draft: _Draft, blocks: Sequence[str]) -> None:
+        self._draft = draft
+        self._blocks = blocks
+        self._index: int | None = None
+        self._pending: dict[str, Tensor] = {}
+        self.failure: OSError | SafetensorError | None = None
+        """Why a block could not be written; transformers hides what goes wrong while it loads."""
+
+    def __call__(self, tensors: dict[str, Tensor]) -> bool:
+        """Keep the tensors of a block; those of the rest stay in the model."""
+        index = _block_of(next(iter(tensors)), self._blocks)
+        if index is None:
+            return False
+        if index != self._index:
+            try:
+                self.flush()
+            except (OSError, SafetensorError) as error:
+                self.failure = error
+                raise
+            self._index = index
+        self._pending.update(tensors)
+        return True
+
+    def flush(self) -> None:
+        """Write what is held; transformers loads in the order of names, so a block is complete when the next one begins."""
+        if self._index is not None:
+            self._draft.add(block_file(self._index), self._pending)
+        self._index, self._pending = None, {}
 
 
 class _Draft:
@@ -192,6 +245,17 @@ class _Draft:
         path = self._folder / name
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         self.files[name] = sha256_of(path)
+
+    def finish(self, model: nn.Module, *, blocks: Sequence[str], manifest: CacheManifest) -> CacheEntry:
+        """Write all that `model` holds and publish it; `files` and `ties` of the manifest are filled in here."""
+        tensors, ties = stored_state(model)
+        for name, group in _by_block(tensors, blocks).items():
+            # A block whose matrices were spilled has a file already.
+            if group and name in self.files:
+                self.add(name.replace("-0.", "-1."), group)
+            elif group or name == REST:
+                self.add(name, group)
+        return self.publish(manifest.model_copy(update={"files": dict(self.files), "ties": ties}))
 
     def publish(self, manifest: CacheManifest) -> CacheEntry:
         """Write the manifest and put the folder in its place, unless another process has put an equal one there meanwhile."""
@@ -245,7 +309,10 @@ def recipe_of(
 
 
 def stored_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a loaded model by its name, quantisation states taken apart; and tied names -> the stored one."""
+    """Every tensor of a loaded model by its name, quantisation states taken apart; and tied names -> the stored one.
+
+    What lies on meta has been spilled, or is filled by no load, and is left out.
+    """
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -254,10 +321,9 @@ def stored_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             ties[name] = first[id(parameter)]
             continue
         first[id(parameter)] = name
-        tensors[name] = parameter.data
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            tensors.update({f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()})
+        if not parameter.is_meta:
+            is_packed = getattr(parameter, "quant_state", None) is not None
+            tensors.update(packed_tensors(name, parameter) if is_packed else {name: parameter.data})
     for name, tensor in _other_tensors(model):
         # A buffer that is another one's view may not be stored as such.
         tensors[name] = tensor.clone()
@@ -311,7 +377,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers, and tensors that are plain attributes of a module; those that no load fills stay on meta and are left out."""
+    """Buffers, and tensors that are plain attributes of a module."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         attributes = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
@@ -324,14 +390,18 @@ def _by_block(tensors: Mapping[str, Tensor], blocks: Sequence[str]) -> dict[str,
     """File name -> its tensors."""
     files: dict[str, dict[str, Tensor]] = {REST: {}, **{block_file(index): {} for index in range(len(blocks))}}
     for name, tensor in tensors.items():
-        index = next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        index = _block_of(name, blocks)
         files[REST if index is None else block_file(index)][name] = tensor
     return files
 
 
-def block_file(index: int) -> str:
+def block_file(index: int, part: int = 0) -> str:
     """The name of a block's file; sorted names are in the blocks' order."""
-    return f"block-{index:05d}.safetensors"
+    return f"block-{index:05d}-{part}.safetensors"
+
+
+def _block_of(name: str, blocks: Sequence[str]) -> int | None:
+    return next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
 
 
 def _inode(folder: Path) -> int | None:

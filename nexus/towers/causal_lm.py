@@ -8,9 +8,11 @@ H width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from nexus.towers.blocks import recorded_blocks
+from nexus.towers.blocks import Passes, one_by_one, recorded_blocks
 from nexus.towers.rows import RowsError, micro_batches
 from nexus.towers.targets import ScoreRequest, TeacherHead, TokenDistributions
 from nexus.towers.transports import keep_columns, to_targets
@@ -98,7 +100,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
 
 
 def score_completions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest, *, passes: Passes = one_by_one
 ) -> tuple[TokenDistributions, dict[int, np.ndarray]]:
     """Distributions and hidden states at every completion token, rows in the request's order.
 
@@ -115,7 +117,8 @@ def score_completions(
     hidden: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(rows) for layer in request.layers}
     read = {"hidden": "states", "auto": "both"}.get(request.transport, "logits")
     bad: dict[str, str] = {}
-    for chosen in _micro_batches(model, rows):
+
+    def score(chosen: list[int]) -> _Parts:
         batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, read=read)
         counts = [len(rows[i].completion_ids) for i in chosen]
         columns, finite_N = keep_columns(
@@ -126,11 +129,15 @@ def score_completions(
             finite_N = finite_N & torch.isfinite(state_NH).all(dim=-1)
         column_parts = {name: column.cpu().split(counts) for name, column in columns.items()}
         state_parts = {layer: state.cpu().split(counts) for layer, state in states.items()}
-        for b, (row, finite) in enumerate(zip(chosen, finite_N.cpu().split(counts), strict=True)):
-            parts[row] = {name: split[b].numpy() for name, split in column_parts.items()}
-            for layer, split in state_parts.items():
+        return _Parts(chosen, column_parts, state_parts, finite_N.cpu().split(counts))
+
+    calls = [partial(score, chosen) for chosen in _micro_batches(model, rows)]
+    for scored in passes(calls):
+        for b, (row, finite_T) in enumerate(zip(scored.rows, scored.finite, strict=True)):
+            parts[row] = {name: split[b].numpy() for name, split in scored.columns.items()}
+            for layer, split in scored.hidden.items():
                 hidden[layer][row] = split[b].numpy()
-            if not finite.all():
+            if not finite_T.all():
                 bad[request.row_ids[row]] = "not finite"
     if bad:
         raise RowsError(
@@ -153,17 +160,25 @@ def score_completions(
 
 
 def completion_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    passes: Passes = one_by_one,
 ) -> Iterator[Tensor]:
     """Yields the logits [N, V] of all scored tokens, some rows at a time, on the model's device.
 
     The order of the tokens depends on the rows' lengths alone.
     """
     rows = tokenise_rows(tokenizer, prompts, completions)
-    for chosen in _micro_batches(model, rows):
+
+    def logits(chosen: list[int]) -> Tensor:
         logits_NV = _forward(model, tokenizer, [rows[i] for i in chosen], ()).logits_NV
         assert logits_NV is not None
-        yield logits_NV
+        return logits_NV
+
+    yield from passes([partial(logits, chosen) for chosen in _micro_batches(model, rows)])
 
 
 def completion_states(
@@ -216,7 +231,7 @@ def profile_inputs(
     return input_ids_BT, attention_mask_BT, loss_mask_BT
 
 
-def output_head(model: PreTrainedModel) -> TeacherHead:
+def output_head(model: PreTrainedModel, *, passes: Passes = one_by_one) -> TeacherHead:
     """The head from which a receiver of `hidden` targets computes this model's logits.
 
     Raises:
@@ -229,12 +244,16 @@ def output_head(model: PreTrainedModel) -> TeacherHead:
         raise ValueError(f"expected an output head that is a linear map in floating point, found {type(head).__name__}")
     # A few tokens tell whether anything else happens to the logits: a scale, a shift, a second projection.
     probe_BT = torch.arange(min(8, weight_VH.shape[0]))[None]
-    with torch.inference_mode():
-        logits_BTV = model(input_ids=probe_BT.to(model.device), use_cache=False).logits
-        states_BTH = model.get_decoder()(input_ids=probe_BT.to(model.device), use_cache=False).last_hidden_state
-        expected_BTV = head(states_BTH)
-        if softcap is not None:
-            expected_BTV = softcap * torch.tanh(expected_BTV / softcap)
+
+    def probe() -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            logits_BTV: Tensor = model(input_ids=probe_BT.to(model.device), use_cache=False).logits
+            decoder: Any = model.get_decoder()
+            return logits_BTV, head(decoder(input_ids=probe_BT.to(model.device), use_cache=False).last_hidden_state)
+
+    ((logits_BTV, expected_BTV),) = passes([probe])
+    if softcap is not None:
+        expected_BTV = softcap * torch.tanh(expected_BTV / softcap)
     if not torch.allclose(logits_BTV.float(), expected_BTV.float(), rtol=1e-2, atol=1e-3):
         raise ValueError("expected logits that are a linear map of the last hidden state, found others")
     bias_V = None if head.bias is None else head.bias.detach().float().cpu().numpy()
@@ -339,6 +358,16 @@ class _Scored:
     """What the output head read; None unless asked for."""
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is kept of one micro-batch, on the CPU and row by row."""
+
+    rows: list[int]
+    columns: dict[str, Sequence[Tensor]]
+    hidden: dict[int, Sequence[Tensor]]
+    finite: Sequence[Tensor]
+
+
 def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
     longest = max((len(row.completion_ids) for row in rows), default=0)
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
@@ -433,8 +462,12 @@ def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Gets the states that the output head reads while the context lasts."""
     seen: list[Tensor] = []
 
+    # As in `recorded_blocks`: a streamed model has several forwards under way.
+    thread = threading.get_ident()
+
     def remember(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+        if threading.get_ident() == thread:
+            seen.append(inputs[0])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(remember)
     try:

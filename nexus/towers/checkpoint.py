@@ -69,7 +69,7 @@ def open_checkpoint(folder: Path, *, stem: str = "model") -> Checkpoint:
     weights: dict[str, Path] = {}
     for path in _weight_files(folder, stem):
         try:
-            with safe_open(path, framework="np") as file:
+            with safe_open(path, framework="np", backend="pread") as file:
                 weights.update(dict.fromkeys(file.keys(), path))
         except (OSError, SafetensorError) as error:
             raise TowerLoadError(

@@ -6,9 +6,11 @@ their lengths agree. Shape letters: B rows, P positions (patches, frames), C cla
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from nexus.data.media import add_noise, decode_audio, decode_image
 from nexus.errors import DataError
-from nexus.towers.blocks import recorded_blocks
+from nexus.towers.blocks import Passes, one_by_one, recorded_blocks
 from nexus.towers.nf4 import classification_heads
 from nexus.towers.rows import RowsError
 from nexus.towers.video import decode_frames
@@ -98,6 +100,7 @@ def encode(
     row_ids: Sequence[str],
     layers: Sequence[int],
     temperature: float,
+    passes: Passes = one_by_one,
 ) -> Encoded:
     """Embeddings, hidden states and label distribution of prepared inputs.
 
@@ -111,16 +114,23 @@ def encode(
     pooled: list[Tensor] = []
     logprobs: list[Tensor] = []
     hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for start in range(0, len(row_ids), MAX_ROWS):
+
+    def encode_batch(start: int) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
         batch = {name: tensor[start : start + MAX_ROWS] for name, tensor in inputs.items()}
         with torch.inference_mode(), recorded_blocks(encoder, layers) as recorded, _head_input(encoder) as seen:
             output = encoder(**batch)
         logits_BC = getattr(output, "logits", None)
-        if logits_BC is not None:
-            logprobs.append(torch.log_softmax(logits_BC.float() / temperature, dim=-1).cpu())
-        pooled.append(_pool(output, seen).float().cpu())
-        for layer, state_BPH in recorded.items():
-            hidden[layer].append(state_BPH.to(torch.float16).cpu())
+        labels_BC = None if logits_BC is None else torch.log_softmax(logits_BC.float() / temperature, dim=-1).cpu()
+        states = {layer: state_BPH.to(torch.float16).cpu() for layer, state_BPH in recorded.items()}
+        return _pool(output, seen).float().cpu(), labels_BC, states
+
+    calls = [partial(encode_batch, start) for start in range(0, len(row_ids), MAX_ROWS)]
+    for batch_pooled_BE, labels_BC, states in passes(calls):
+        pooled.append(batch_pooled_BE)
+        if labels_BC is not None:
+            logprobs.append(labels_BC)
+        for layer, state_BPH in states.items():
+            hidden[layer].append(state_BPH)
     pooled_BE = torch.cat(pooled)
     label_logprobs_BC = torch.cat(logprobs) if logprobs else None
     stacked = {layer: torch.cat(states) for layer, states in hidden.items()}
@@ -153,8 +163,12 @@ def _head_input(encoder: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Yields a list that a forward fills with what the classification head is given; stays empty without a head."""
     seen: list[Tensor] = []
 
+    # As in `recorded_blocks`: a streamed model has several forwards under way.
+    thread = threading.get_ident()
+
     def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+        if threading.get_ident() == thread:
+            seen.append(inputs[0])
 
     handles = [encoder.get_submodule(name).register_forward_pre_hook(record) for name in classification_heads(encoder)]
     try:

@@ -6,10 +6,10 @@ sae.py does the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,10 @@ from nexus.towers.targets import (
     TeacherTargets,
     TokenDistributions,
 )
-from nexus.towers.tax import TaxMeasurement, measure_tax
+from nexus.towers.tax import TaxMeasurement, feature_cosines, measure_tax
 from nexus.towers.transcripts import can_transcribe, transcript_batch
+
+_Result = TypeVar("_Result")
 
 ProfileStrategy = Literal["auto", "brute", "prefix", "triangular"]
 
@@ -142,7 +144,7 @@ class TeacherEngine:
                     "version gives to encoders only. Choose an encoder for these rows."
                 )
             if self.tower.dictionaries is None:
-                tokens, hidden = causal_lm.score_completions(*self._language_model(), request)
+                tokens, hidden = causal_lm.score_completions(*self._language_model(), request, passes=self.tower.passes)
             else:
                 features = score_features(*self._language_model(), self.tower.dictionaries, request)
         elif self.tower.denoiser is not None:
@@ -194,7 +196,7 @@ class TeacherEngine:
         if self._head is None:
             model, _ = self._language_model()
             try:
-                self._head = causal_lm.output_head(model)
+                self._head = causal_lm.output_head(model, passes=self.tower.passes)
             except ValueError as error:
                 raise ConfigError(
                     f"Transport hidden of teacher {self.teacher_id!r}: {error}. Choose topk, sampled or full for it."
@@ -207,10 +209,11 @@ class TeacherEngine:
         """Greedy completions of a language model, in the prompts' order.
 
         Raises:
-            ConfigError: the teacher is an encoder.
+            ConfigError: the teacher is an encoder, or is streamed.
             RowsError: prompts that do not fit the model.
         """
         model, tokenizer = self._language_model()
+        self._refuse_streamed("generate text")
         return causal_lm.generate_greedily(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
@@ -223,11 +226,12 @@ class TeacherEngine:
             snr_db: noise added to recordings.
 
         Raises:
-            ConfigError: an encoder without a classification head.
+            ConfigError: an encoder without a classification head, or a streamed language model.
             RowsError: as `score`; also rows whose answer, tokenised as text, would not fit the model, which could not score it.
         """
         if self.role == "causal_lm":
             model, tokenizer = self._language_model()
+            self._refuse_streamed("generate answers")
             return causal_lm.answer_rows(
                 model,
                 tokenizer,
@@ -249,19 +253,17 @@ class TeacherEngine:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
         A language model is measured on the rows' completions, and so is what reads an sae's features. A classifier is measured on the
-        rows' labels, or on its own decisions when not every row has one. A speech recogniser of an encoder and a decoder is measured
-        on the rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder
-        without a head on its embedding.
+        rows' labels, or on its own decisions when no row has one. A speech recogniser of an encoder and a decoder is measured on the
+        rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder without
+        a head on its embedding.
 
         Raises:
-            RowsError: rows without completion, with a label that the classifier does not have, or as `score`.
+            RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
+                for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
         profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
-        try:
-            return profiler.measure(batch)
-        except BadSamplesError as error:
-            raise RowsError(error.what, error.reasons) from None
+        return self._in_passes(lambda: profiler.measure(batch))
 
     def confirm(
         self,
@@ -280,11 +282,10 @@ class TeacherEngine:
         Raises:
             RowsError: as `measure`; or rows without an answer to find.
         """
+        if answers is not None and self.role == "causal_lm":
+            self._refuse_streamed("generate answers with layers skipped")
         profiler, batch = self._profiled(records, strategy, snr_db, None)
-        try:
-            confirmed = profiler.confirm(batch, plan)
-        except BadSamplesError as error:
-            raise RowsError(error.what, error.reasons) from None
+        confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
@@ -309,11 +310,19 @@ class TeacherEngine:
         return replace(confirmed, generated_correct_VB=correct_VB)
 
     def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
-        """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards."""
-        original = TeacherEngine(
-            load_tower(self.tower.spec, device=str(self.tower.model.device), quantise=False), teacher_id=self.teacher_id
-        )
-        return measure_tax(original, self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+        """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards.
+
+        That of a streamed teacher is loaded into the machine's memory, wherever the teacher itself runs.
+        """
+        return measure_tax(self._original(), self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+
+    def feature_tax(self, records: Sequence[Record]) -> np.ndarray:
+        """As `tax`, for an encoder without labels: `nexus.towers.tax.feature_cosines`."""
+        return feature_cosines(self._original(), self, records)
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        """An encoder's pooled embeddings, float32 [B, E]; raises as `score` does."""
+        return self._encode([record.id for record in records], _media_of(records), snr_db=None).pooled_BE
 
     def answer_logits(
         self, records: Sequence[Record], answers: Sequence[str], *, snr_db: float | None = None
@@ -324,7 +333,9 @@ class TeacherEngine:
         """
         if self.role == "causal_lm":
             model, tokenizer = self._language_model()
-            yield from causal_lm.completion_logits(model, tokenizer, [record.prompt for record in records], answers)
+            yield from causal_lm.completion_logits(
+                model, tokenizer, [record.prompt for record in records], answers, passes=self.tower.passes
+            )
         else:
             yield torch.from_numpy(self._label_logprobs(records, snr_db))
 
@@ -334,6 +345,31 @@ class TeacherEngine:
     def _runner(self) -> PreTrainedModel:
         """The model whose blocks count: the whole one, or the encoder of a speech recogniser."""
         return encoder.encoder_of(self.tower.model) if self.role == "encoder" else self.tower.model
+
+    def _original(self) -> TeacherEngine:
+        spec = replace(self.tower.spec, streamed=False)
+        device = "cpu" if self.tower.is_streamed else str(self.tower.model.device)
+        return TeacherEngine(load_tower(spec, device=device, quantise=False), teacher_id=self.teacher_id)
+
+    def _in_passes(self, call: Callable[[], _Result]) -> _Result:
+        """The result of a call that runs forwards of the model to profile it.
+
+        Raises:
+            RowsError: rows that cannot be measured.
+        """
+        try:
+            (result,) = self.tower.passes([call])
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
+        return result
+
+    def _refuse_streamed(self, what: str) -> None:
+        """A pass through all files for every token of an answer would never end."""
+        if self.tower.is_streamed:
+            raise ConfigError(
+                f"Expected the teacher {self.teacher_id!r} in memory to {what}, found it streamed: it reads all its weights once for "
+                "a whole batch, and would for every token. Score completions with it, or give it a device that holds it."
+            )
 
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.tower.tokenizer is None:
@@ -353,7 +389,9 @@ class TeacherEngine:
     ) -> encoder.Encoded:
         model = self.tower.model
         inputs = encoder.prepare_inputs(model, self.tower.processor, row_ids, media, snr_db)
-        return encoder.encode(model, inputs, row_ids=row_ids, layers=layers, temperature=temperature)
+        return encoder.encode(
+            model, inputs, row_ids=row_ids, layers=layers, temperature=temperature, passes=self.tower.passes
+        )
 
     def _labels(self) -> tuple[str, ...]:
         texts = self.label_texts
@@ -418,8 +456,11 @@ class TeacherEngine:
         inputs = self._prepared(records, snr_db)
         texts = self.label_texts
         golds = [record.completion if record.answer is None else record.answer for record in records]
-        if texts is None or None in golds:
+        unlabelled = {row_id: "no answer" for row_id, gold in zip(row_ids, golds, strict=True) if gold is None}
+        if texts is None or len(unlabelled) == len(records):
             return EncoderProfileBatch(row_ids, inputs, None)
+        if unlabelled:
+            raise RowsError("Expected an answer in every row or in none; add or drop them.", unlabelled)
         unknown = {row_id: f"label {gold!r}" for row_id, gold in zip(row_ids, golds, strict=True) if gold not in texts}
         if unknown:
             raise RowsError(

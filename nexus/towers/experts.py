@@ -11,6 +11,9 @@ Shape letters: X experts, O and I output and input features, T tokens, K experts
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -175,6 +178,49 @@ def _nested_code(device: torch.device) -> Tensor:
     return code
 
 
+Spill = Callable[[dict[str, Tensor]], bool]
+"""Is given the packed tensors of one matrix or stack by their stored names; True when it keeps them and the model need not."""
+
+_spill: ContextVar[Spill | None] = ContextVar("spill", default=None)
+
+
+@contextmanager
+def spilling(spill: Spill) -> Iterator[None]:
+    """While the context lasts, what is packed goes to `spill`, and the model is left with tensors of the same form on meta.
+
+    A model whose packed weights exceed the memory can so be quantised by an ordinary `from_pretrained`.
+    """
+    token = _spill.set(spill)
+    try:
+        yield
+    finally:
+        _spill.reset(token)
+
+
+def packed_tensors(name: str, weight: Any) -> dict[str, Tensor]:
+    """A packed matrix as bitsandbytes stores it: `name`, and `name.<part of its quantisation state>`."""
+    state = weight.quant_state.as_dict(packed=True)
+    return {name: weight.data, **{f"{name}.{part}": tensor for part, tensor in state.items()}}
+
+
+def _hollow(weight: Any) -> Any:
+    """A packed matrix without its bytes: what `nexus.towers.nf4.measure_coverage` asks of it can still be told."""
+    states = [weight.quant_state, weight.quant_state.state2]
+    hollow, nested = (
+        QuantState(
+            absmax=state.absmax.to("meta"), shape=state.shape, code=state.code.to("meta"), blocksize=state.blocksize,
+            quant_type=state.quant_type, dtype=state.dtype,
+        )
+        for state in states
+    )  # fmt: skip
+    hollow.state2, hollow.nested, hollow.offset = nested, True, weight.quant_state.offset.to("meta")
+    return bnb.nn.Params4bit(
+        weight.data.to("meta"), requires_grad=False, quant_state=hollow, blocksize=weight.blocksize,
+        compress_statistics=True, quant_type=weight.quant_type, quant_storage=weight.quant_storage, module=weight.module,
+        bnb_quantized=True,
+    )  # fmt: skip
+
+
 def replace_experts(model: nn.Module, keep: list[str], dtype: torch.dtype) -> None:
     """Put empty `NF4Experts` in place of all fused experts whose name no pattern of `keep` matches."""
     names = [name for name, module in model.named_modules() if is_fused_experts(module)]
@@ -205,11 +251,15 @@ class _PackExperts(ConversionOps):
     ) -> dict[str, Tensor]:
         """Called by transformers with {name of the stack: tensor, or a list with it}."""
         packed = {}
+        spill = _spill.get()
         for name, value in input_dict.items():
             module, stack = get_module_from_name(model, name)
             prefix = name.removesuffix(stack)
             buffers = module.pack(stack, value[0] if isinstance(value, list) else value)
-            packed.update({prefix + buffer: tensor for buffer, tensor in buffers.items()})
+            tensors = {prefix + buffer: tensor for buffer, tensor in buffers.items()}
+            if spill is not None and spill(tensors):
+                tensors = {buffer: tensor.to("meta") for buffer, tensor in tensors.items()}
+            packed.update(tensors)
         return packed
 
 
@@ -239,6 +289,9 @@ class _Quantise(ConversionOps):
             owner.packing_error = relative_error(
                 bnb.functional.dequantize_4bit(weight.data, weight.quant_state), original
             )
+            spill = _spill.get()
+            if spill is not None and spill(packed_tensors(name, weight)):
+                converted[name] = _hollow(weight)
         return converted
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,18 +35,20 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from nexus.artifacts import fingerprint_of
 from nexus.config import Role
 from nexus.errors import ProfilingError, TowerLoadError
 from nexus.profiling.layers import find_blocks
-from nexus.towers.blocks import block_width
-from nexus.towers.cache import QuantisedCache, recipe_of
-from nexus.towers.checkpoint import Checkpoint, open_checkpoint, stored_tensors, weights_digest
+from nexus.towers.blocks import Passes, block_width, one_by_one
+from nexus.towers.cache import BlockSpill, CacheEntry, CacheManifest, QuantisedCache, recipe_of
+from nexus.towers.checkpoint import Checkpoint, open_checkpoint, source_files, stored_tensors, weights_digest
 from nexus.towers.codec import CODECS
 from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.diffusion import Denoiser
 from nexus.towers.encoder import encoder_of
+from nexus.towers.experts import spilling
 from nexus.towers.memory import require_memory
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
@@ -60,6 +62,7 @@ from nexus.towers.nf4 import (
 )
 from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_loadable, resolve_entry
 from nexus.towers.sae import Dictionaries, load_dictionaries
+from nexus.towers.streamed import LayerStream
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,13 @@ class LoadedTower:
     """The pipeline of a diffusion teacher, whose `model` is the component that predicts the noise; None for all other roles."""
     from_cache: bool = False
     """Its weights were quantised by an earlier load."""
+    passes: Passes = one_by_one
+    """How forwards of `model` are run."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Its blocks are not in memory; `model` runs within `passes` alone."""
+        return self.passes is not one_by_one
 
 
 class TowerLoader:
@@ -115,15 +125,18 @@ class TowerLoader:
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._device = device
 
-    def load(self, teacher_id: str, *, quantise: bool = True) -> LoadedTower:
+    def load(self, teacher_id: str, *, quantise: bool = True, streamed: bool = False) -> LoadedTower:
         """Load the registry's teacher `teacher_id`; `quantise=False` gives the floating-point original.
+
+        Args:
+            streamed: leave its blocks in `cache_dir` and run it block by block, for a teacher that exceeds the device.
 
         Raises:
             TowerLoadError: unknown id, no files on this machine, or files that are not what the entry demands.
             UnsupportedRoleError: a role that this version cannot load.
         """
         spec = resolve_entry(self._registry.get(teacher_id), models_dir=self._models_dir)
-        return self.load_spec(spec, quantise=quantise)
+        return self.load_spec(replace(spec, streamed=streamed), quantise=quantise)
 
     def load_spec(self, spec: TeacherSpec, *, quantise: bool = True) -> LoadedTower:
         """Load any resolved teacher; raises as `load` does."""
@@ -175,8 +188,9 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
     )  # fmt: skip
     return LoadedTower(
-        model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec, from_cache=loaded.from_cache
-    )
+        model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec,
+        from_cache=loaded.from_cache, passes=loaded.passes,
+    )  # fmt: skip
 
 
 def load_component(
@@ -237,6 +251,33 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
+def check_tensors(spec: TeacherSpec) -> int:
+    """Compare the names and shapes of a checkpoint's tensors with the class that is to hold them; reads headers only.
+
+    Returns:
+        Parameters of the class.
+
+    Raises:
+        TowerLoadError: a tensor that is missing, has no place or has another shape; also as `load_tower`.
+    """
+    checkpoint = open_checkpoint(Path(spec.path))
+    skeleton = _skeleton(spec, _model_class(spec, checkpoint))
+    _keys_by_parameter(spec, skeleton, checkpoint)
+    names = skeleton.state_dict().keys()
+    given = {name for targets, _ in _places(skeleton, checkpoint).values() for name in targets}
+    info = LoadStateDictInfo(
+        missing_keys=names - given - skeleton.all_tied_weights_keys.keys(),
+        unexpected_keys=given - names,
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    skeleton._adjust_missing_and_unexpected_keys(info)
+    _refuse_incomplete(spec, info.to_dict())
+    return int(skeleton.num_parameters())
+
+
 def block_names(model: PreTrainedModel, role: Role) -> tuple[str, ...]:
     """Dotted names of the blocks whose layers count for `role`; empty for a model without any."""
     runner = encoder_of(model) if role == "encoder" else model
@@ -286,8 +327,8 @@ def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
         )
     if spec.role == "codec" and name not in CODECS:
         raise TowerLoadError(
-            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. Remove "
-            "it from the run."
+            f"Expected {', '.join(CODECS)} for teacher {spec.id!r} of role codec, found {name}, which this version cannot ask. "
+            "Remove it from the run."
         )
     if spec.role == "causal_lm" and not found.can_generate():
         raise TowerLoadError(
@@ -351,6 +392,7 @@ class _LoadedModel:
     digest: str
     """`weights_digest` of the checkpoint."""
     from_cache: bool = False
+    passes: Passes = one_by_one
 
 
 def _load_model(
@@ -368,28 +410,33 @@ def _load_model(
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
-    require_memory(spec.id, skeleton, plan, dtype, device)
-    if not quantise or spec.cache_dir is None or skeleton.num_parameters() < spec.cache_min_parameters:
+    blocks = block_names(skeleton, spec.role)
+    if spec.streamed:
+        _refuse_unstreamable(spec, blocks, quantise=quantise)
+    require_memory(spec.id, skeleton, plan, dtype, device, streamed_blocks=blocks if spec.streamed else ())
+    is_small = skeleton.num_parameters() < spec.cache_min_parameters
+    if not quantise or spec.cache_dir is None or (is_small and not spec.streamed):
         model, coverage, _ = _read_checkpoint(spec, checkpoint, skeleton, model_class, device, dtype, plan)
         return _LoadedModel(model, coverage, weights_digest(checkpoint))
     cache = QuantisedCache(Path(spec.cache_dir).expanduser())
-    blocks = block_names(skeleton, spec.role)
+    # What exceeds a GPU is quantised beside it.
+    packed_on = torch.device("cpu") if spec.streamed else device
     recipe = recipe_of(
         checkpoint,
         model_class=type(skeleton).__name__,
         plan=plan,
         dtype=dtype,
-        device_type=device.type,
+        device_type=packed_on.type,
         blocks=blocks,
         code=spec.remote_code,
     )
     entry = cache.find(spec.id, recipe, checkpoint)
     if entry is not None:
-        prepare_modules(skeleton, plan, dtype, own_quantiser=entry.manifest.own_quantiser)
-        entry.fill(skeleton, device)
-        _finish(spec, skeleton)
         logger.info("teacher %s: quantised weights from %s", spec.id, entry.folder)
-        return _LoadedModel(skeleton, entry.manifest.coverage, entry.manifest.weights_digest, from_cache=True)
+        return _from_entry(spec, skeleton, entry, plan, dtype, device, blocks, from_cache=True)
+    if spec.streamed:
+        entry = _quantise_to(cache, recipe, spec, checkpoint, skeleton, model_class, dtype, plan, blocks)
+        return _from_entry(spec, skeleton, entry, plan, dtype, device, blocks, from_cache=False)
     model, coverage, own_quantiser = _read_checkpoint(spec, checkpoint, skeleton, model_class, device, dtype, plan)
     digest = weights_digest(checkpoint)
     cache.write(
@@ -405,6 +452,92 @@ def _load_model(
     return _LoadedModel(model, coverage, digest)
 
 
+def _from_entry(
+    spec: TeacherSpec,
+    skeleton: PreTrainedModel,
+    entry: CacheEntry,
+    plan: QuantisationPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: tuple[str, ...],
+    *,
+    from_cache: bool,
+) -> _LoadedModel:
+    """The model of a cache entry, in place of its skeleton."""
+    prepare_modules(skeleton, plan, dtype, own_quantiser=entry.manifest.own_quantiser)
+    passes: Passes = one_by_one
+    if spec.streamed:
+        entry.fill_rest(skeleton, device)
+        passes = LayerStream(skeleton, entry, blocks, device).run
+    else:
+        entry.fill(skeleton, device)
+    _finish(spec, skeleton)
+    return _LoadedModel(
+        skeleton, entry.manifest.coverage, entry.manifest.weights_digest, from_cache=from_cache, passes=passes
+    )
+
+
+def _quantise_to(
+    cache: QuantisedCache,
+    recipe: Mapping[str, Any],
+    spec: TeacherSpec,
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    model_class: Any,
+    dtype: torch.dtype,
+    plan: QuantisationPlan,
+    blocks: tuple[str, ...],
+) -> CacheEntry:
+    """The entry of a model that is never whole in memory: each block is written as soon as it is packed."""
+    with cache.writing(spec.id, recipe) as draft:
+        spill = BlockSpill(draft, blocks)
+        try:
+            with spilling(spill):
+                model, coverage, _ = _read_checkpoint(
+                    spec, checkpoint, skeleton, model_class, torch.device("cpu"), dtype, plan, spilled=True
+                )
+        except TowerLoadError:
+            if spill.failure is not None:
+                raise spill.failure from None
+            raise
+        spill.flush()
+        manifest = CacheManifest(
+            teacher=spec.id,
+            recipe=recipe,
+            source=source_files(checkpoint),
+            weights_digest=weights_digest(checkpoint),
+            own_quantiser=True,
+            coverage=coverage,
+            files={},
+            ties={},
+        )
+        return draft.finish(model, blocks=blocks, manifest=manifest)
+    raise TowerLoadError(
+        f"Expected to write the blocks of the streamed teacher {spec.id!r} to {cache.directory}, found that this failed (see the "
+        "warning above). Free disk space or choose another folder under cache.dir."
+    )
+
+
+def _refuse_unstreamable(spec: TeacherSpec, blocks: tuple[str, ...], *, quantise: bool) -> None:
+    found = None
+    if spec.role not in ("causal_lm", "encoder"):
+        found = f"role {spec.role}"
+    elif not quantise:
+        found = "floating point"
+    elif not blocks:
+        found = "no transformer blocks"
+    elif spec.cache_dir is None:
+        raise TowerLoadError(
+            f"Expected a folder for the blocks of the streamed teacher {spec.id!r}, found none. Set cache.dir, or give TowerLoader "
+            "a cache_dir."
+        )
+    if found is not None:
+        raise TowerLoadError(
+            f"Expected a quantised language model or encoder to stream block by block, found {found} in teacher {spec.id!r}. Give it "
+            "a device that holds it."
+        )
+
+
 def _read_checkpoint(
     spec: TeacherSpec,
     checkpoint: Checkpoint,
@@ -413,10 +546,16 @@ def _read_checkpoint(
     device: torch.device,
     dtype: torch.dtype,
     plan: QuantisationPlan,
+    *,
+    spilled: bool = False,
 ) -> tuple[PreTrainedModel, CoverageReport, bool]:
-    """The model from its floating-point tensors, what NF4 reached, and whether experts.py's quantiser did it."""
+    """The model from its floating-point tensors, what NF4 reached, and whether experts.py's quantiser did it.
+
+    Args:
+        spilled: the packed tensors leave the model as they are made, and cannot be compared with their originals afterwards.
+    """
     keys = _keys_by_parameter(spec, skeleton, checkpoint)
-    converted = any(f"{name}.weight" not in keys for name in plan.matrices)
+    converted = spilled or any(f"{name}.weight" not in keys for name in plan.matrices)
     quantised = plan is not NOTHING_QUANTISED
     # The code of an allow-listed checkpoint is found through its folder.
     source: dict[str, Any] = (
@@ -440,7 +579,8 @@ def _read_checkpoint(
         ) from error
     _refuse_incomplete(spec, info)
     _finish(spec, model)
-    return model, measure_coverage(model, plan, _original(keys), teacher_id=spec.id), converted
+    original = _original({} if spilled else keys)
+    return model, measure_coverage(model, plan, original, teacher_id=spec.id), converted
 
 
 def _finish(spec: TeacherSpec, model: PreTrainedModel) -> None:
@@ -491,16 +631,14 @@ def _keys_by_parameter(
     Raises:
         TowerLoadError: a tensor of another shape than the parameter's. transformers does not look at those that it quantises.
     """
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     names = skeleton.state_dict()
+    places = _places(skeleton, checkpoint)
     found = {}
     for path in checkpoint.files:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             for key in file.keys():  # noqa: SIM118  # the file is no mapping
-                name, converted_from = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
-                if converted_from is not None or name not in names:
+                (name, *_), is_converted = places[key]
+                if is_converted or name not in names:
                     continue
                 found[name] = (path, key)
                 shape = tuple(file.get_slice(key).get_shape())
@@ -512,12 +650,29 @@ def _keys_by_parameter(
     return found
 
 
+def _places(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[list[str], bool]]:
+    """Key of each stored tensor -> the parameters that it becomes (a part of), and whether it is changed on the way."""
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    names = skeleton.state_dict()
+    places = {}
+    for key in checkpoint.weights:
+        name, pattern = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
+        targets = [name]
+        if pattern is not None:
+            first, *more = next(each for each in converters if pattern in each.source_patterns).target_patterns
+            targets += [name.replace(first, other) for other in more]
+        places[key] = (targets, pattern is not None)
+    return places
+
+
 def _original(keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor | None]:
     def read(name: str) -> Tensor | None:
         if name not in keys:
             return None
         path, key = keys[name]
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,33 +25,52 @@ _CGROUP_FILES = (
 
 
 def require_memory(
-    teacher_id: str, skeleton: nn.Module, plan: QuantisationPlan, dtype: torch.dtype, device: torch.device
+    teacher_id: str,
+    skeleton: nn.Module,
+    plan: QuantisationPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    streamed_blocks: Sequence[str] = (),
 ) -> None:
     """Refuse a teacher that cannot fit on `device`.
+
+    Args:
+        streamed_blocks: names of the blocks that are not held; one of them is in use while the next one is read.
 
     Raises:
         TowerLoadError: naming what it needs and what there is.
     """
-    need, have = needed_bytes(skeleton, plan, dtype), available_bytes(device)
+    need, have = needed_bytes(skeleton, plan, dtype, streamed_blocks), available_bytes(device)
     if need > have:
         remedy = "another GPU or the CPU" if device.type == "cuda" else "a machine with more memory"
+        if not streamed_blocks:
+            remedy += ", or stream it (placement: streamed)"
         raise TowerLoadError(
             f"Expected {need / 2**30:.2f} GiB of memory on {device} for teacher {teacher_id!r}, found {have / 2**30:.2f} GiB free. "
-            f"Free some, choose {remedy}, or set the teacher's placement to streamed."
+            f"Free some, or choose {remedy}."
         )
 
 
-def needed_bytes(skeleton: nn.Module, plan: QuantisationPlan, dtype: torch.dtype) -> int:
+def needed_bytes(
+    skeleton: nn.Module, plan: QuantisationPlan, dtype: torch.dtype, streamed_blocks: Sequence[str] = ()
+) -> int:
     """What a model takes once loaded, and its largest tensor in floating point, which is there while it is packed."""
     packed = {f"{name}.weight" for name in plan.matrices} | {
         f"{name}.{stack}" for name in plan.experts for stack in STACKS
     }
-    stored = largest = 0.0
+    held = largest = 0.0
+    blocks = dict.fromkeys(streamed_blocks, 0.0)
     for name, parameter in skeleton.named_parameters():
         size = parameter.numel()
-        stored += size * NF4_BITS / 8 if name in packed else size * dtype.itemsize
+        stored = size * NF4_BITS / 8 if name in packed else size * dtype.itemsize
         largest = max(largest, size * dtype.itemsize)
-    return int(stored + largest)
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        if block is None:
+            held += stored
+        else:
+            blocks[block] += stored
+    return int(held + 2 * max(blocks.values(), default=0.0) + largest)
 
 
 def available_bytes(device: torch.device) -> int:

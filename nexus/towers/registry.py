@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -245,6 +245,8 @@ class TeacherSpec:
     """Where quantised weights are kept for the next load; None keeps none."""
     cache_min_parameters: int = 0
     """Models with fewer parameters are not kept, because quantising them takes no time."""
+    streamed: bool = False
+    """Run block by block from that folder: for a teacher that exceeds the device."""
 
 
 def resolve_teacher(
@@ -265,11 +267,19 @@ def resolve_teacher(
     Raises:
         TowerLoadError: unknown id, or no files on this machine.
         UnsupportedRoleError: a role that this version cannot load.
+        ConfigError: a language model that is to be streamed.
     """
+    streamed = teacher.placement == "streamed"
+    role = registry.get(teacher.id).role if isinstance(teacher, RegistryTeacher) else teacher.role
+    if streamed and role != "encoder":
+        raise ConfigError(
+            f"Expected an encoder with placement streamed, found teacher {teacher.id!r} of role {role}: a run asks it for answers, "
+            "and each of their tokens would read all its weights again. Set its placement to memory."
+        )
     if isinstance(teacher, RegistryTeacher):
         entry = registry.get(teacher.id)
         check_role(entry.id, entry.role, entry.needs)
-        return resolve_entry(entry, models_dir=models_dir, cache_dir=cache_dir)
+        return replace(resolve_entry(entry, models_dir=models_dir, cache_dir=cache_dir), streamed=streamed)
     check_role(teacher.id, teacher.role)
     if isinstance(teacher, PathTeacher):
         path = resolve_path(teacher.path)
@@ -288,6 +298,7 @@ def resolve_teacher(
         role=teacher.role,
         skip_modules=teacher.skip_modules,
         min_coverage=teacher.min_coverage,
+        streamed=streamed,
     )
 
 

@@ -2,7 +2,8 @@
 
 Both copies answer the rows (the caller compares their scores), and both are read on the same items at temperature 1: every token of
 the NF4 copy's own answers for a language model, because those are what a student learns from, and every row for a classifier.
-Shape letters: N items (tokens or rows), C classes or vocabulary.
+An encoder without labels gives features: what is compared is the direction of each row's embedding.
+Shape letters: N items (tokens or rows), C classes or vocabulary, B rows, E embedding width.
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ def measure_tax(
         np.concatenate([kl_N.cpu().numpy() for kl_N, _ in parts]),
         np.concatenate([same_N.cpu().numpy() for _, same_N in parts]),
     )
+
+
+def feature_cosines(float_engine: TeacherEngine, nf4_engine: TeacherEngine, records: Sequence[Record]) -> np.ndarray:
+    """Cosine of each row's pooled embedding with that of the original, float64 [B]; raises as `TeacherEngine.score` does."""
+    original_BE, quantised_BE = (engine.embed(records).astype(np.float64) for engine in (float_engine, nf4_engine))
+    norms_B = np.linalg.norm(original_BE, axis=1) * np.linalg.norm(quantised_BE, axis=1)
+    cosines_B: np.ndarray = (original_BE * quantised_BE).sum(axis=1) / norms_B
+    return cosines_B
 
 
 def divergence(original_logits_NC: Tensor, quantised_logits_NC: Tensor) -> tuple[Tensor, Tensor]:

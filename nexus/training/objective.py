@@ -442,7 +442,8 @@ class DistillationObjective(nn.Module):
             means_BH = torch.stack([part.mean(dim=0) for part in states_NH.split(lengths)])
             return [(align(passed.mean_over_answer(trunk_BTD))[:, None], means_BH[:, None])]
         pairs = [(align(passed.scored(trunk_BTD))[None], states_NH[None])]
-        if _tower_of(self.student.spec, teacher.id) is not None:
+        # A teacher may have rows of a capability that needs the tower, and rows of one that does not.
+        if _tower_of(self.student.spec, teacher.id) in passed.features:
             adapter, features = self._tower(teacher, passed)
             predicted_BTH = adapter.predict(teacher.id, layer, features)
             pairs.append((passed.scored(predicted_BTH)[None], states_NH[None]))

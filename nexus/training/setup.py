@@ -15,7 +15,7 @@ from nexus.data.loader import RecordBatches
 from nexus.data.media import UsableBatches
 from nexus.data.quarantine import Quarantine
 from nexus.data.targets import TargetWriter, check_targets
-from nexus.errors import ArtifactError
+from nexus.errors import ArtifactError, ConfigError
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.student.shipped import student_preset
@@ -78,6 +78,7 @@ def build_loop(
         ConfigError, DataError, ArtifactError: when the configuration's parts do not fit each other or the data.
     """
     distill = config.distill
+    _refuse_unused(config, teachers)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     torch.manual_seed(config.seed)
     student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
@@ -147,6 +148,17 @@ def build_loop(
         ),
         spike=None if inject_spike is None else parse_spike(inject_spike),
     )
+
+
+def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
+    """Refuse what the configuration alone could not: settings that the loaded teachers leave without effect."""
+    default = type(config.distill).model_fields["response_weight"].default
+    other = any(teacher.role == "causal_lm" and not teacher.shares_tokenizer for teacher in teachers)
+    if config.distill.response_weight != default and not other:
+        raise ConfigError(
+            f"distill.response_weight: expected the default {default} while every language model shares the student's tokenizer, "
+            f"found {config.distill.response_weight}, which has no effect. Remove it."
+        )
 
 
 def _transport(config: RunConfig, teacher: str) -> TokenTransport:

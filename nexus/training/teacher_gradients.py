@@ -4,9 +4,9 @@ Three ways to the same kind of result, chosen by what a step needs:
 
     one backward pass   of the combined loss: no surgery, one micro-batch. Nothing here is used.
     reused surgery      one backward pass too, of sum_t f_t r_t, whose weights f_t an earlier surgery fixed (`SurgerySteps.weighted`)
-    one per teacher     each teacher's loss is differentiated by itself and its graph is freed (`TeacherGradients`). Teachers that have
-                        rows of their own share no graph, so the passes together cost what one over all of them costs; what it takes
-                        is one row of gradients per teacher in memory.
+    one per teacher     each teacher's loss is differentiated by itself and its graph is freed (`TeacherGradients`). Teachers that
+                        have rows of their own share no graph, so the passes together cost what one over all of them costs; what it
+                        takes is one row of gradients per teacher in memory.
 
 The last is what surgery is found with, and what makes accumulation over micro-batches exact: the weights c_t of `GradientSurgeryLoss`
 are not linear in the losses, so they are known only after the last micro-batch, when the first ones' graphs are gone.
@@ -194,7 +194,9 @@ class SurgerySteps:
             pareto_stationary=self._plan.is_stationary(coefficients),
         )
 
-    def weighted(self, losses: Mapping[str, Tensor], result: SurgeryLoss, baselines: Mapping[str, float]) -> Tensor | None:
+    def weighted(
+        self, losses: Mapping[str, Tensor], result: SurgeryLoss, baselines: Mapping[str, float]
+    ) -> Tensor | None:
         """sum_t f_t r_t by the plan in use, and count the step; None where the plan leaves the gradient of `result.loss` as it is."""
         assert self._plan is not None
         self._age += 1

@@ -190,7 +190,7 @@ def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memor
             assert dataclasses.replace(answer, teacher="sample-reasoning") == expected
     assert sum(sleeping._is_loaded(name, 0) for name in two_teachers) == 1
     # All that waited for a teacher was done before it was put to sleep.
-    assert 1 <= sleeping.swaps <= 2
+    assert 1 <= sleeping.swaps <= 3
     restarted = [name for name in two_teachers if sleeping.health(name).pid != before[name]]
     assert bool(restarted) == (max_kept_bytes == 0)
 

@@ -355,6 +355,15 @@ def test_a_starved_teacher_is_shown_as_starved(report_data: ReportData, tmp_path
     assert "no step was skipped or rolled back" in shown.text
 
 
+def test_each_teachers_share_of_the_tokens_is_shown(report_data: ReportData, tmp_path: Path) -> None:
+    tokens = {"qwen3-math": 75, "gemma3-code": 25, "hungry": 0}
+    metrics = report_data.metrics.model_copy(update={"teacher_tokens": tokens})
+    text = page_of(dataclasses.replace(report_data, metrics=metrics), tmp_path).text
+    assert "qwen3-math 75.0 %" in text
+    assert "gemma3-code 25.0 %" in text
+    assert "hungry starved" in text
+
+
 def test_events_that_are_no_numbers_change_no_curve(report_data: ReportData, tmp_path: Path) -> None:
     odd = [
         {"time": 1.0, "kind": "stage", "stage": "distill"},
@@ -387,8 +396,14 @@ def _operated(teachers: dict[str, dict[str, float]], *, conflicts: int, stationa
 def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_disagreed(
     report_data: ReportData, tmp_path: Path
 ) -> None:
-    pair = {"gemma3-code": {"gemma3-code": 1.0, "qwen3-math": -0.3}, "qwen3-math": {"gemma3-code": -0.3, "qwen3-math": 1.0}}
-    agreed = {"gemma3-code": {"gemma3-code": 1.0, "qwen3-math": 0.1}, "qwen3-math": {"gemma3-code": 0.1, "qwen3-math": 1.0}}
+    pair = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": -0.3},
+        "qwen3-math": {"gemma3-code": -0.3, "qwen3-math": 1.0},
+    }
+    agreed = {
+        "gemma3-code": {"gemma3-code": 1.0, "qwen3-math": 0.1},
+        "qwen3-math": {"gemma3-code": 0.1, "qwen3-math": 1.0},
+    }
     alone = {"siglip-digits": {"siglip-digits": 1.0}}
     events = [
         *report_data.events,
@@ -400,8 +415,10 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
     assert "mean of 3 surgeries" in shown.text
     assert "1 surgeries found a conflict, 1 found that the teachers cancel" in shown.text
     assert shown.text.count("-0.100 against in 50 %") == 2
-    assert [text for text in shown.of_class("against")] == ["-0.100 against in 50 %"] * 2
-    assert shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7  # the diagonal, and who never met
+    assert shown.of_class("against") == ["-0.100 against in 50 %"] * 2
+    assert (
+        shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7
+    )  # the diagonal, and who never met
 
 
 def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nexus.errors import ProfilingError
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -103,3 +104,36 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(qwen3, batch):
         pytest.raises(RuntimeError, match="broken"),
     ):
         NIWTProfiler(qwen3).measure(batch)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(4, [4]), (5, [3, 2]), (9, [3, 3, 3])])
+def test_micro_batches_are_of_equal_size(own_qwen3, num_rows, expected):
+    sizes: list[int] = []
+    own_qwen3.model.embed_tokens.register_forward_hook(lambda _, args, output: sizes.append(len(output)))
+    ids_BT = torch.randint(3, 100, (num_rows, 6), generator=torch.Generator().manual_seed(0))
+    NIWTProfiler(own_qwen3, micro_batch_size=4).delta_nll(ids_BT, torch.ones_like(ids_BT), torch.ones_like(ids_BT))
+    assert sizes == expected
+
+
+def test_narrow_keys_let_more_samples_generate_at_once():
+    """Grouped-query attention: what is kept of a prompt is a quarter as wide as the hidden states."""
+    sizes: list[int] = []
+    for num_kv_heads in (4, 1):
+        config = Qwen3Config(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=num_kv_heads,
+            head_dim=16,
+            vocab_size=64,
+            initializer_range=0.2,
+        )
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config).eval()
+        model.model.embed_tokens.register_forward_hook(lambda _, args, output: sizes.append(len(output)))
+        # 2 x 8 blocks x 3000 positions x 9 variants x 64 wide in float32 is 105 MiB a sample: 4 of them fit, and more narrow ones.
+        ids_BT = torch.randint(3, 60, (6, 1), generator=torch.Generator().manual_seed(0))
+        model.generation_config.eos_token_id = list(range(64))
+        NIWTProfiler(model).ablated_generations(ids_BT, torch.ones_like(ids_BT), 3000)
+    assert sizes == [3, 3, 6]

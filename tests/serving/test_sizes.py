@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from nexus.config import load_config
-from nexus.errors import TowerLoadError
+from nexus.errors import ConfigError, TowerLoadError
 from nexus.serving.placement import GIB
 from nexus.serving.sizes import (
     expected_rows,
+    run_needs,
     size_of_checkpoint,
     size_of_entry,
     student_need,
@@ -111,3 +112,20 @@ def test_the_students_need_is_its_training_state_and_it_is_pinned():
 def test_a_teacher_sees_its_capabilities_batches_at_every_step():
     config = load_config(shipped_config("quickstart.yaml"), ["distill.steps=100"])
     assert expected_rows(config, "sample-reasoning") == 100 * config.data_of("reasoning").batch_size
+
+
+def test_a_run_needs_its_student_and_each_teacher_for_the_rows_that_it_draws():
+    config = load_config(shipped_config("quickstart.yaml"), ["distill.steps=100"])
+    sizes = [size_of_checkpoint(t.id, SAMPLES / t.id, quantise=True) for t in config.teachers]
+    student, *teachers = run_needs(config, sizes)
+    assert student.is_pinned
+    assert [need.id for need in teachers] == [teacher.id for teacher in config.teachers]
+    tokens = expected_rows(config, "sample-code") * config.student.max_length
+    assert teachers[1] == teacher_need(sizes[1], tokens)
+
+
+def test_a_teacher_with_the_student_s_name_is_refused():
+    config = load_config(shipped_config("quickstart.yaml"), ["teachers.sample-code.id=student"])
+    sizes = [size_of_checkpoint(t.id, SAMPLES / "sample-code", quantise=True) for t in config.teachers]
+    with pytest.raises(ConfigError, match="other ids than 'student'"):
+        run_needs(config, sizes)

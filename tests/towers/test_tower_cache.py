@@ -17,7 +17,16 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nexus.errors import TowerLoadError
-from nexus.towers.cache import MANIFEST, CacheManifest, QuantisedCache, install, read_tensors, stored_state
+from nexus.towers.cache import (
+    MANIFEST,
+    BlockSpill,
+    CacheEntry,
+    CacheManifest,
+    QuantisedCache,
+    install,
+    read_tensors,
+    stored_state,
+)
 from nexus.towers.checkpoint import open_checkpoint
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower, TowerLoader, load_tower
@@ -215,7 +224,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "block-00001.safetensors does not have the hash": lambda entry: flip(entry / "block-00001.safetensors"),
+    "block-00001-0.safetensors does not have the hash": lambda entry: flip(entry / "block-00001-0.safetensors"),
     "No such file": lambda entry: (entry / "rest.safetensors").unlink(),
     "to hold a CacheManifest": lambda entry: (entry / MANIFEST).write_text("{"),
     "found no such file": lambda entry: (entry / MANIFEST).unlink(),
@@ -288,6 +297,24 @@ def test_of_two_writers_at_once_the_first_to_finish_stays(tmp_path: Path, qwen_f
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [kept.folder.name]
     # Without a source the content decides, and this is no checkpoint of that content.
     assert cache.find("t", {}, open_checkpoint(qwen_folder)) is None
+
+
+def test_blocks_that_share_parameters_cannot_come_and_go(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "rest.safetensors")
+    shared = manifest({}, "").model_copy(update={"ties": {"blocks.1.weight": "blocks.0.weight"}})
+    with pytest.raises(TowerLoadError, match=r"found that 'blocks\.1\.weight' is shared"):
+        CacheEntry(tmp_path, shared).fill_rest(None, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_block_that_cannot_be_written_is_remembered(tmp_path: Path) -> None:
+    with QuantisedCache(tmp_path / "cache").writing("t", {}) as draft:
+        spill = BlockSpill(draft, ("a", "b"))
+        assert not spill({"rest.weight": torch.ones(1)})
+        assert spill({"a.weight": torch.ones(1)})
+        (tmp_path / "cache").write_text("a file in the way")
+        with pytest.raises(OSError, match="cache"):
+            spill({"b.weight": torch.ones(1)})
+        assert isinstance(spill.failure, OSError)
 
 
 def test_what_a_failing_writer_began_is_removed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from nexus.towers import check
 from nexus.towers.check import CheckRow, check_teachers, exercise, what_it_needs
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower
-from nexus.towers.registry import TeacherRegistry, load_registry
+from nexus.towers.registry import TeacherRegistry, load_registry, resolve_entry
 from nexus.towers.tiny import write_tiny
 
 OK = {
@@ -121,3 +121,15 @@ def test_a_librarys_own_mistake_is_a_failed_row_and_not_the_end(
 
 def test_a_classifier_gives_labels_too(whisper_classifier: LoadedTower) -> None:
     assert exercise(TeacherEngine(whisper_classifier, teacher_id="tiny")) == ("hidden", "embedding", "labels")
+
+
+def test_tiny_checkpoints_are_kept_where_asked_and_not_built_again(registry: TeacherRegistry, tmp_path: Path) -> None:
+    (first,) = check_teachers(registry, ["qwen2.5-0.5b"], tiny=True, keep=tmp_path)
+    assert first.status == "ok"
+    weights = tmp_path / "qwen2.5-0.5b" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    (second,) = check_teachers(registry, ["qwen2.5-0.5b"], tiny=True, keep=tmp_path)
+    assert second.status == "ok"
+    assert weights.stat().st_mtime_ns == written
+    # The kept folder is what a run finds by the teacher's id.
+    assert resolve_entry(registry.get("qwen2.5-0.5b"), models_dir=tmp_path).path == str(tmp_path / "qwen2.5-0.5b")

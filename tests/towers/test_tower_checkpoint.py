@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nexus.errors import TowerLoadError
-from nexus.towers.checkpoint import BLOCK_BYTES, SAMPLED_BLOCKS, open_checkpoint, weights_digest
+from nexus.towers.checkpoint import BLOCK_BYTES, SAMPLED_BLOCKS, open_checkpoint, stored_tensors, weights_digest
 
 
 def make(folder: Path, config: Any = None, **tensors: np.ndarray) -> Path:
@@ -122,3 +122,12 @@ def test_sampled_digest_sees_names_and_shapes(tmp_path: Path) -> None:
     assert weights_digest(first, full_hash_bytes=0) != weights_digest(second, full_hash_bytes=0)
     # 256 blocks of 1 MiB spread over a file: a 300 GB checkpoint is known by 0.1 % of its bytes and its header.
     assert SAMPLED_BLOCKS * BLOCK_BYTES == 256 * 1024**2
+
+
+def test_tensors_are_read_when_they_are_indexed(tmp_path: Path) -> None:
+    numbers = np.arange(6, dtype=np.float16).reshape(2, 3)
+    tensor = stored_tensors(open_checkpoint(make(tmp_path, w=numbers)))["w"]
+    assert (tensor.get_shape(), tensor.get_dtype()) == ([2, 3], "F16")
+    assert tensor[...].tolist() == numbers.tolist()
+    # Sums over misaligned memory may differ in their last bits.
+    assert tensor[1:].data_ptr() % 64 == 0

@@ -13,7 +13,7 @@ import torch
 
 from nexus.assembly.evaluate import divergence_per_item, score_answers
 from nexus.data.records import Media, Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, NotANumberError
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower
@@ -208,9 +208,34 @@ def test_classifiers_are_measured_on_the_rows_labels(
 def test_classifiers_without_labels_are_measured_on_their_own_decisions(
     siglip_classifier: LoadedTower, image_records: list[Record]
 ) -> None:
-    measured = engine(siglip_classifier).measure([*image_records[:-1], replace(image_records[-1], answer="one")])
+    measured = engine(siglip_classifier).measure(image_records)
     assert measured.metric == "label_nll"
     assert measured.correct_VB is None
+    with pytest.raises(RowsError, match="every row or in none") as refused:
+        engine(siglip_classifier).measure([*image_records[:-1], replace(image_records[-1], answer="one")])
+    assert refused.value.reasons == {record.id: "no answer" for record in image_records[:-1]}
+
+
+def test_rows_for_which_alone_the_model_gives_nan_are_named_and_a_model_that_gives_nothing_else_is_not_their_fault(
+    qwen: LoadedTower, text_records: list[Record]
+) -> None:
+    embedding = qwen.model.get_input_embeddings().weight
+    assert qwen.tokenizer is not None
+    token = qwen.tokenizer("x")["input_ids"][-1]
+    kept = embedding.data.clone()
+    try:
+        embedding.data[token] = torch.nan
+        with pytest.raises(RowsError) as refused:
+            engine(qwen).measure([replace(text_records[0], prompt="2+2"), text_records[2]])
+        assert refused.value.reasons == {"row-2": "NaN"}
+        with pytest.raises(RowsError):
+            engine(qwen).measure([text_records[2]])
+        embedding.data.fill_(torch.nan)
+        with pytest.raises(NotANumberError, match="found NaN"):
+            engine(qwen).measure(text_records)
+    finally:
+        embedding.data.copy_(kept)
+    assert engine(qwen).measure(text_records).delta_LB.shape == (3, 3)
 
 
 def test_labels_that_a_classifier_does_not_have_are_named(

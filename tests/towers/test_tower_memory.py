@@ -50,6 +50,15 @@ def test_experts_count_as_packed() -> None:
     assert needed_bytes(model, plan, torch.float32) == int(2 * stack * memory.NF4_BITS / 8 + 4 * stack)
 
 
+def test_a_streamed_teacher_needs_two_of_its_blocks() -> None:
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(64, size, bias=False) for size in (64, 256)])
+    model.head = torch.nn.Linear(64, 128, bias=False)
+    plan = QuantisationPlan((), ("blocks.0", "blocks.1"))
+    needed = needed_bytes(model, plan, torch.float32, ("blocks.0", "blocks.1"))
+    assert needed == int(4 * 64 * 128 + 2 * 64 * 256 * memory.NF4_BITS / 8 + 4 * 64 * 256)
+
+
 def test_a_teacher_larger_than_the_machine_is_refused_before_its_weights_are_read(
     qwen_folder: Path, tmp_path: Path, spec_of: Callable[..., TeacherSpec]
 ) -> None:

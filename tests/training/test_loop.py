@@ -387,7 +387,7 @@ def test_surgery_reports_what_it_found_on_the_steps_that_it_is_due(spec, tokeniz
     assert [report.step for report in reports if report.surgery is not None] == [0, 3, 6]
     found = reports[3].surgery
     assert found.teachers == ("labels", "same")
-    assert found.cosines["same"]["labels"] == found.cosines["labels"]["same"]
+    assert found.cosines["same"]["labels"] == pytest.approx(found.cosines["labels"]["same"])
     assert -1.0 <= found.cosines["same"]["labels"] <= 1.0
 
 
@@ -395,11 +395,12 @@ def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec,
     """On one and the same batch, the reused plan gives what a new one would."""
     gradients = {}
     for every in (1, 5):
-        loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0)
+        loop, _ = _loop(
+            spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0
+        )
         loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
         loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
-        loop.objective.standardisers.clear()
-        loop.objective.standardisers.update(_frozen(loop))
+        _frozen(loop)
         loop.advance()
         gradients[every] = _gradient(loop)
     torch.testing.assert_close(gradients[5], gradients[1], rtol=1e-3, atol=1e-6)
@@ -413,9 +414,7 @@ def test_surgery_leaves_parameters_outside_its_subset_alone(spec, tokenizer, sub
     _gradient(operated)
     changed = {
         name.split(".")[1] if name.startswith("student.") else "maps"
-        for (name, one), two in zip(
-            plain.objective.named_parameters(), operated.objective.parameters(), strict=True
-        )
+        for (name, one), two in zip(plain.objective.named_parameters(), operated.objective.parameters(), strict=True)
         if one.grad is not None and not torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-7)
     }
     assert changed <= {"core" if subset == "trunk" else "adapters"}
@@ -449,7 +448,6 @@ def _frozen(loop):
         width = standardiser.width
         standardiser.update(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.ones(8))
         standardiser.freeze()
-    return dict(loop.objective.standardisers)
 
 
 class PerRowSource(RecordedSource):
@@ -523,7 +521,10 @@ def test_a_teacher_of_two_capabilities_has_the_mean_of_both_however_the_step_is_
 
     def answer(teacher, request):
         return _joined(
-            [token_targets(TEACHERS[0], (everyone[name],), tokenizer, seed=sum(map(ord, name))) for name in request.row_ids]
+            [
+                token_targets(TEACHERS[0], (everyone[name],), tokenizer, seed=sum(map(ord, name)))
+                for name in request.row_ids
+            ]
         )
 
     losses = []

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus.training.loss import (
     BASELINE_DECAY,
     BASELINE_FLOOR,
     GradientSurgeryLoss,
     Mode,
+    SurgeryLoss,
 )
 
 NAMES = ("audio", "code", "reasoning", "vision")

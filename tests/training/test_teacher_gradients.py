@@ -27,7 +27,9 @@ class Case:
         self.shared, self.bias, self.unused = parameter(2, 3), parameter(4), parameter(2)
         self.maps = {teacher: parameter(3) for teacher in TEACHERS}
         self.pull = torch.randn(2, 3, generator=generator, dtype=torch.float64).to(dtype)
-        self.loss = GradientSurgeryLoss({"audio": 1.0, "code": 3.0}, ramp_steps=0, baselines={"audio": 2.0, "code": 4.0})
+        self.loss = GradientSurgeryLoss(
+            {"audio": 1.0, "code": 3.0}, ramp_steps=0, baselines={"audio": 2.0, "code": 4.0}
+        )
 
     @property
     def subset(self) -> list[nn.Parameter]:
@@ -86,7 +88,9 @@ def test_without_surgery_the_gradient_is_that_of_the_combined_loss(parts: int) -
 
 
 @pytest.mark.parametrize("method", ["upgrad", "pcgrad"])
-def test_surgery_writes_the_combined_gradient_on_its_subset_beside_the_labelled_rows_and_the_plain_sum_elsewhere(method) -> None:
+def test_surgery_writes_the_combined_gradient_on_its_subset_beside_the_labelled_rows_and_the_plain_sum_elsewhere(
+    method,
+) -> None:
     case = Case()
     result = case.loss(case.losses())
     outcome = case.collected().write(result, case.loss.baselines, SurgerySteps(method, every=1, seed=0))
@@ -227,7 +231,9 @@ def test_a_gradient_that_is_not_finite_is_left_for_the_recovery_step_and_makes_s
 def test_teachers_that_cancel_take_no_step_and_are_reported() -> None:
     weight = nn.Parameter(torch.ones(3))
     losses = {"audio": weight.sum(), "code": 8.0 - weight.sum()}
-    loss = GradientSurgeryLoss({"audio": 1.0, "code": 1.0}, ramp_steps=0, penalty=0.0, baselines={"audio": 1.0, "code": 1.0})
+    loss = GradientSurgeryLoss(
+        {"audio": 1.0, "code": 1.0}, ramp_steps=0, penalty=0.0, baselines={"audio": 1.0, "code": 1.0}
+    )
     gradients = TeacherGradients([weight], [])
     for teacher, value in losses.items():
         gradients.add(teacher, value)
