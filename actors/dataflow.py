@@ -11,6 +11,7 @@ import itertools
 import pickle  # nosec B403 # values of our own tasks within one Ray session, whose own RPC is pickle
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from nexus.data.loader import iter_records
 from nexus.data.media import usable
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Record
-from nexus.errors import NexusError
+from nexus.errors import NexusError, StageFailedError
 from nexus.towers.rows import RowsError
 
 POLL_S = 0.5
@@ -137,7 +138,7 @@ def stream_answers(
     more answers wait here than that.
 
     Args:
-        timeout_s: longest time without a row being read.
+        timeout_s: longest wait for rows.
         name: of the Dataset, on Ray's dashboard.
 
     Raises:
@@ -163,13 +164,13 @@ def _read(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # The default of 30 minutes would hide a hang.
-    context.execution_no_progress_timeout_s = int(timeout_s) + 120
+    # Its own limit counts the time in which nobody asks for rows, because the teachers are busy; `_watched` keeps one that does not.
+    context.execution_no_progress_timeout_s = -1
     reader = _Reader(tuple(works), str(quarantine_dir), max_bad_share)
     dataset: ray.data.Dataset = ray.data.from_items([{"start": 0}], override_num_blocks=1)
     dataset = dataset.map_batches(reader.__call__, batch_size=1, num_cpus=1)
     dataset.set_name(name)
-    for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check):
+    for batch in _watched(dataset.iter_batches(batch_size=1, batch_format="numpy"), check, timeout_s):
         for index, payload in zip(batch["work"], batch["payload"], strict=True):
             content = pickle.loads(payload)  # nosec B301 # written by `_Reader`
             if isinstance(content, NexusError):
@@ -256,8 +257,14 @@ class _End:
     error: BaseException | None
 
 
-def _watched(batches: Iterable[dict[str, Any]], check: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
-    """The batches, read by another thread: Ray Data waits for the next one without end, and hears no signal meanwhile."""
+def _watched(
+    batches: Iterable[dict[str, Any]], check: Callable[[], None] | None, timeout_s: float
+) -> Iterator[dict[str, Any]]:
+    """The batches, read by another thread: Ray Data waits for the next one without end, and hears no signal meanwhile.
+
+    Raises:
+        StageFailedError: when none comes within `timeout_s`.
+    """
     arrived: queue.Queue[dict[str, Any] | _End] = queue.Queue(maxsize=1)
     left = threading.Event()
 
@@ -282,15 +289,22 @@ def _watched(batches: Iterable[dict[str, Any]], check: Callable[[], None] | None
 
     threading.Thread(target=read, name=READER, daemon=True).start()
     try:
+        limit = time.monotonic() + timeout_s
         while True:
             if check:
                 check()
             try:
-                item = arrived.get(timeout=POLL_S)
+                item = arrived.get(timeout=min(POLL_S, timeout_s))
             except queue.Empty:
+                if time.monotonic() > limit:
+                    raise StageFailedError(
+                        f"Expected rows from Ray Data within {timeout_s:.0f} s, found none. Free a CPU of the cluster, and run the "
+                        "same command again: completed work is kept."
+                    ) from None
                 continue
             if not isinstance(item, _End):
                 yield item
+                limit = time.monotonic() + timeout_s
             elif item.error is not None:
                 raise item.error
             else:

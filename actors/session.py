@@ -36,6 +36,9 @@ LOAD_TIMEOUT_S = 1800.0
 """A 30B checkpoint quantises at 10-24 million parameters per second and core."""
 
 
+READ_TIMEOUT_S = 600.0
+"""A batch of rows is read in milliseconds; only a cluster without a free CPU takes this long."""
+
 FACTS_FILE = "teachers.json"
 """What the distilled student was trained with; written once the teachers are known."""
 
@@ -339,7 +342,7 @@ class Session:
             pool=self.pool,
             quarantine_dir=self.run.path / "quarantine",
             max_bad_share=self.config.quarantine.max_bad_share,
-            timeout_s=self.config.distill.target_timeout_s,
+            timeout_s=READ_TIMEOUT_S,
             name=name,
             check=self.check_signals,
         ):

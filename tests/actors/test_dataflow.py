@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 
 from actors.dataflow import READER, TeacherWork, _watched, stream_answers
 from actors.pool import TeacherPool
-from nexus.errors import DataError
+from nexus.errors import DataError, StageFailedError
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_the_wait_for_a_batch_that_never_comes_ends_when_the_check_raises():
         if asked.is_set():
             raise StopAsked
 
-    stream = _watched(batches(), check)
+    stream = _watched(batches(), check, 60)
     assert next(stream) == {"work": [0]}
     asked.set()
     with pytest.raises(StopAsked):
@@ -119,12 +120,29 @@ def test_the_wait_for_a_batch_that_never_comes_ends_when_the_check_raises():
             assert not thread.is_alive()
 
 
+def test_rows_that_never_come_are_an_error_but_a_caller_may_take_its_time_between_two():
+    free = threading.Event()
+
+    def batches():
+        yield {"work": [0]}
+        yield {"work": [1]}
+        free.wait(60)
+
+    stream = _watched(batches(), None, 0.2)
+    assert next(stream) == {"work": [0]}
+    time.sleep(0.3)
+    assert next(stream) == {"work": [1]}
+    with pytest.raises(StageFailedError, match=r"Expected rows from Ray Data within 0 s, found none"):
+        next(stream)
+    free.set()
+
+
 def test_an_error_behind_the_batches_is_raised_after_them():
     def batches():
         yield {"work": [0]}
         raise OSError("disk is gone")
 
-    stream = _watched(batches(), None)
+    stream = _watched(batches(), None, 60)
     assert next(stream) == {"work": [0]}
     with pytest.raises(OSError, match="disk is gone"):
         next(stream)

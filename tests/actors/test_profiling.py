@@ -22,8 +22,8 @@ import ray
 from actors.pool import TeacherPool, actor_name
 from actors.profiling import ProfilingRounds
 from actors.session import Interrupted, Reporter, Session
-from actors.stages import profile_journal, run_stages
-from nexus.artifacts import NIWTProfile
+from actors.stages import _teacher_facts, profile_journal, run_stages
+from nexus.artifacts import CriticalLayer, NIWTProfile
 from nexus.config import SAMPLES_DIR, parse_config
 from nexus.errors import ConfigError, DataError
 
@@ -310,6 +310,21 @@ def test_the_batch_size_changes_no_critical_layer_and_values_by_rounding_alone(b
         for mine, other in zip(ours.layers, theirs.layers, strict=True):
             assert mine.delta_nll == pytest.approx(other.delta_nll, abs=1e-5)
             assert mine.intrinsic_dim == other.intrinsic_dim
+
+
+def test_a_changed_profile_changes_the_layers_that_distillation_asks_the_teacher_for(bench, reference, tmp_path):
+    session = bench._session(tmp_path, document(), None, Heard(lambda *_: None))
+    session.run.close()
+    session._reports, session._pool = bench._reports, bench.pool
+    profiles = {teacher: profile_of(reference, teacher) for teacher in (TEXT, IMAGES)}
+    found = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles)}
+    assert found == {
+        name: tuple((item.layer, item.weight) for item in profile.critical_layers) for name, profile in profiles.items()
+    }
+    assert all(found.values())
+    profiles[TEXT] = profiles[TEXT].model_copy(update={"critical_layers": (CriticalLayer(layer=1, weight=1.0),)})
+    changed = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles)}
+    assert changed == {**found, TEXT: ((1, 1.0),)}
 
 
 def test_rows_that_a_teacher_cannot_take_are_left_out_of_both_passes(bench, tmp_path):

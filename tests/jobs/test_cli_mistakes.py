@@ -274,3 +274,27 @@ def test_bad_rows_are_counted_once_however_their_file_is_spelt(tmp_path, monkeyp
     quarantine.add(tmp_path / "rows.jsonl", 3, "broken")
     quarantine.add("rows.jsonl", 7, "broken")
     assert jobs.execute._quarantined(Path("run")) == {str(tmp_path / "rows.jsonl"): 2}
+
+
+def test_teachers_to_profile_are_those_of_the_run(nexus, config):
+    told = nexus("profile", "-c", config, "--teachers", "sample-resoning")
+    assert "found 'sample-resoning'. Did you mean 'sample-reasoning'? Correct --teachers." in told.complaint()
+    assert "Expected --teachers ID,ID, found ', '" in nexus("profile", "-c", config, "--teachers", ", ").complaint()
+
+
+def test_a_bundle_is_profiled_without_what_concerns_teachers_alone(nexus, config, tmp_path):
+    for option in (
+        ["--teachers", "a"],
+        ["--fresh"],
+        ["--budget-seconds", "3"],
+        ["--cluster", "local"],
+        ["--dashboard"],
+    ):
+        told = nexus("profile", "--bundle", tmp_path, "-c", config, *option).complaint()
+        assert f"Expected --bundle without {option[0]}" in told
+    assert "config.resolved.yaml beside the bundle" in nexus("profile", "--bundle", tmp_path).complaint()
+    assert "Expected a bundle with manifest.json" in nexus("profile", "--bundle", tmp_path, "-c", config).complaint()
+
+
+def test_keeping_tiny_checkpoints_without_building_them_is_refused(nexus):
+    assert "Add --tiny" in nexus("teachers", "check", "--keep", "here").complaint()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nexus.artifacts import Metrics
+from nexus.artifacts import Metrics, NIWTProfile, read_artifact
 from nexus.config import SAMPLES_DIR
 from nexus.run import STAGES
 
@@ -221,6 +221,17 @@ def test_the_bundle_answers(folder, continued):
     command = Command(folder, "generate", "-b", "out/bundle", "-p", "How many pens?", "--max-new-tokens", "4", "--json")
     assert command.wait() == 0, command.err
     assert set(json.loads(command.out)) == {"answer", "towers", "source"}
+
+
+def test_the_student_is_profiled_on_its_teachers_rows_and_the_report_lays_them_side_by_side(folder, continued):
+    command = Command(folder, "profile", "-b", "out/bundle", "--json")
+    assert command.wait() == 0, command.err
+    layers = json.loads(command.out)["structure"]["reasoning"]
+    assert {name: found["num_layers"] for name, found in layers.items()} == {"student": 2, "sample-reasoning": 2}
+    student = read_artifact(folder / "out" / "student_profile" / "reasoning.json", NIWTProfile)
+    teacher = read_artifact(folder / "out" / "profile" / "sample-reasoning.json", NIWTProfile)
+    assert (student.num_layers, student.num_samples) == (2, teacher.num_samples)
+    assert "Layers of sample-reasoning and of the student" in (folder / "out" / "report.html").read_text()
 
 
 @pytest.mark.chaos

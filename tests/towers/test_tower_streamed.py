@@ -356,3 +356,9 @@ def test_the_loader_streams_a_teacher_of_the_registry(qwen_folder: Path, tmp_pat
     assert tower.is_streamed
     assert not loader.load("tiny").is_streamed
     assert on_meta(tower.model) == [True, True, True]
+
+
+def test_rows_with_media_are_refused_by_a_streamed_language_model(streamed_qwen: LoadedTower) -> None:
+    request = ScoreRequest(("a",), ("b",), ("c",), (b"",), 1.0, 8, ())
+    with pytest.raises(ConfigError, match="'streamed' in memory to read media, found it streamed"):
+        TeacherEngine(streamed_qwen, teacher_id="streamed").score(request)
