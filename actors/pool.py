@@ -62,6 +62,8 @@ def actor_name(teacher: str, replica: int = 0) -> str:
     return f"teacher:{teacher}{replica_suffix(replica)}"
 
 
+FIRST_BACKOFF_S = 1.0
+"""Wait before a call is repeated to an actor that died, doubled each time."""
 SLEEP_TIMEOUT_S = 120.0
 """Putting a model aside copies its weights at most once; longer than that, the process is restarted."""
 
@@ -92,6 +94,8 @@ class _Call:
     """The only replica that may answer; None for any."""
     attempts: int = 0
     deadline: float = 0.0
+    not_before: float = 0.0
+    """Of a repeat: a process takes seconds to start, on a busy machine more."""
 
 
 @dataclass
@@ -315,6 +319,8 @@ class TeacherPool:
         for teacher, lane in self._lanes.items():
             while lane.waiting and self._wake(teacher):
                 call = lane.waiting[0]
+                if call.not_before > time.monotonic():
+                    break
                 # Of equals the first.
                 replica = min(lane.handles, key=lane.load_of) if call.replica is None else call.replica
                 if lane.load_of(replica) >= self._window:
@@ -407,7 +413,9 @@ class TeacherPool:
         if self._check:
             self._check()
         flying = {reference: lane for lane in self._lanes.values() for reference in lane.in_flight}
-        ready, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_S, fetch_local=True)
+        if not flying:  # all that waits is about to be repeated
+            time.sleep(POLL_S)
+        ready = ray.wait(list(flying), num_returns=1, timeout=POLL_S, fetch_local=True)[0] if flying else []
         for reference in ready:
             self._receive(flying[reference], reference)
         now = time.monotonic()
@@ -439,6 +447,7 @@ class TeacherPool:
                 ),
             )
         except RayActorError as error:
+            call.not_before = time.monotonic() + FIRST_BACKOFF_S * 2 ** (call.attempts - 1)
             self._retry(lane, call, _one_line(error))
 
     def _retry(self, lane: _Lane, call: _Call, reason: str) -> None:

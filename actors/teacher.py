@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.memory import load_turn, private_bytes, release_freed_memory
+from nexus.errors import ProfilingError
 from nexus.towers.health import FingerprintChangedError
 from nexus.vendors.environments import ENVIRONMENTS
 
@@ -165,7 +166,10 @@ class TeacherActor:
     def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_seldom`, counted as work on a profile."""
         before = self._busy_seconds
-        result = self._seldom(rows, call)
+        try:
+            result = self._seldom(rows, call)
+        except ProfilingError as error:
+            raise type(error)(f"Profiling {self._spec.id}: {error}") from None
         self._metrics.profiled(rows, self._busy_seconds - before)
         return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError, NotANumberError
+from nexus.errors import ConfigError
+from nexus.profiling.batches import BadSamplesError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -300,12 +301,11 @@ class TeacherEngine:
                 for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
+        profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
         try:
-            profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
             return self._in_passes(lambda: profiler.measure(batch))
-        except NotANumberError:
-            self._refuse_spoiled(records, strategy, snr_db)
-            raise
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
 
     def confirm(
         self,
@@ -327,7 +327,10 @@ class TeacherEngine:
         if answers is not None and self.role == "causal_lm":
             self._refuse_streamed("generate answers with layers skipped")
         profiler, batch = self._profiled(records, strategy, snr_db, None)
-        confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
+        try:
+            confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
@@ -484,23 +487,6 @@ class TeacherEngine:
             [record.completion or "" for record in records],
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
-
-    def _refuse_spoiled(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> None:
-        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
-        spoiled = {}
-        for record in records:
-            profiler, batch = self._profiled([record], strategy, snr_db, None)
-            try:
-                self._in_passes(partial(profiler.measure, batch))
-            except NotANumberError:
-                spoiled[record.id] = "NaN"
-        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
-        if 0 < len(spoiled) < len(records) or len(records) == 1:
-            raise RowsError(
-                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
-                "compute dtype.",
-                spoiled,
-            )
 
     def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
         row_ids = [record.id for record in records]

@@ -214,6 +214,8 @@ def _hollow(weight: Any) -> Any:
         for state in states
     )  # fmt: skip
     hollow.state2, hollow.nested, hollow.offset = nested, True, weight.quant_state.offset.to("meta")
+    # The module keeps a reference of its own.
+    weight.module.quant_state = hollow
     return bnb.nn.Params4bit(
         weight.data.to("meta"), requires_grad=False, quant_state=hollow, blocksize=weight.blocksize,
         compress_statistics=True, quant_type=weight.quant_type, quant_storage=weight.quant_storage, module=weight.module,

@@ -421,6 +421,15 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
     )  # the diagonal, and who never met
 
 
+def test_the_aligned_share_of_a_teacher_of_another_tokenizer_stands_over_its_curve(
+    report_data: ReportData, tmp_path: Path, page: Page
+) -> None:
+    shares = [{"kind": "step", "step": 3, "losses": {}, "aligned": {"gemma3-code": share}} for share in (0.5, 0.75)]
+    shown = page_of(dataclasses.replace(report_data, events=[*report_data.events, *shares]), tmp_path)
+    assert shown.text.count("another tokenizer: 62.5 % of the student's tokens in spans that both cut out") == 1
+    assert "another tokenizer" not in page.text
+
+
 def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:
     assert "disagree" not in page.text
     odd = {"kind": "step", "step": 3, "losses": {}, "surgery": {"cosines": None}}

@@ -13,7 +13,7 @@ import torch
 
 from nexus.assembly.evaluate import divergence_per_item, score_answers
 from nexus.data.records import Media, Record
-from nexus.errors import ConfigError, NotANumberError
+from nexus.errors import ConfigError, ProfilingError
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.health import NotFiniteError, UniformOutputError
@@ -233,7 +233,7 @@ def test_rows_for_which_alone_the_model_gives_nan_are_named_and_a_model_that_giv
         with pytest.raises(RowsError):
             engine(qwen).measure([text_records[2]])
         embedding.data.fill_(torch.nan)
-        with pytest.raises(NotANumberError, match="found NaN"):
+        with pytest.raises(ProfilingError, match="found NaN"):
             engine(qwen).measure(text_records)
     finally:
         embedding.data.copy_(kept)
