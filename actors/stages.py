@@ -7,19 +7,23 @@ cut short has no record and continues. `run_stages` brings a run up to a stage, 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
-from nexus.config import DataConfig, resolve_path
+from nexus.config import DataConfig, RunConfig, resolve_path
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
     from actors.dataflow import TeacherWork
     from actors.trainer import TrainerProgress
+    from nexus.data.records import Record
     from nexus.profiling.journal import ProfileJournal
+    from nexus.towers.targets import ScoreRequest
     from nexus.training.facts import TeacherFacts
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -37,12 +41,17 @@ READS_INPUTS = ("profile", "extract", "distill")
 """Stages for which data and teachers are looked at before Ray starts."""
 
 
-def closure(stage: str) -> tuple[str, ...]:
+def needs(stage: str, config: RunConfig) -> tuple[str, ...]:
+    """Which stages a stage of this run reads from: cached targets hold the states of the critical layers."""
+    return (*NEEDS[stage], "profile") if stage == "extract" and config.cached_teachers else NEEDS[stage]
+
+
+def closure(stage: str, config: RunConfig) -> tuple[str, ...]:
     """`stage` and everything that it needs, in running order."""
     wanted = {stage}
     for name in reversed(STAGES):
         if name in wanted:
-            wanted.update(NEEDS[name])
+            wanted.update(needs(name, config))
     return tuple(name for name in STAGES if name in wanted)
 
 
@@ -54,11 +63,11 @@ def run_stages(session: Session, last: str, *, inject_spike: str | None = None) 
     """
     records: dict[str, StageRecord] = {}
     redo: set[str] = set()
-    for stage in closure(last):
+    for stage in closure(last, session.config):
         session.check_signals()
         done = session.run.completed(stage)
         # A stage whose input was made anew is made anew.
-        if done and not redo.intersection(NEEDS[stage]):
+        if done and not redo.intersection(needs(stage, session.config)):
             session.reporter.line(f"{stage}: complete ({done.seconds:.1f} s, earlier)")
             records[stage] = done
             continue
@@ -208,14 +217,101 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
             session.reporter.progress("extract", done, None, works[index].teacher)
         for index in wave:
             writers[index].finish()
-    outputs: list[Path] = []
-    summary: Summary = {}
+    outputs, summary = _extract_scores(session)
     for teacher, source in _language_assignments(session):
         folder = session.run.path / "targets" / teacher
         files = TargetWriter.files(folder, source.capability)
         outputs += files
         summary[f"{teacher}/{source.capability}"] = f"{TargetWriter.rows_of(folder, source.capability)} rows"
     return outputs, summary
+
+
+def _extract_scores(session: Session) -> tuple[list[Path], Summary]:
+    """Let the teachers whose targets are cached score the rows that the student will train on; continued file by file."""
+    outputs: list[Path] = []
+    summary: Summary = {}
+    config = session.config
+    if not config.cached_teachers:
+        return outputs, summary
+    from nexus.data.targets import ScoreWriter
+    from nexus.training.facts import TeacherFactsFile
+    from nexus.training.sources import SCORES_DIR
+
+    facts = {teacher.id: teacher for teacher in _teacher_facts(session, _profiles(session), from_files=False)}
+    for teacher in config.cached_teachers:
+        folder = session.run.path / "targets" / teacher
+        write_artifact(folder / FACTS_FILE, TeacherFactsFile.from_facts([facts[teacher]]))
+        outputs.append(folder / FACTS_FILE)
+        for capability in next(entry.capabilities for entry in config.teachers if entry.id == teacher):
+            rows = _score_rows(session, facts[teacher], capability)
+            outputs += ScoreWriter.files(folder / SCORES_DIR, capability)
+            summary[f"{teacher}/{capability} targets"] = f"{rows} rows"
+    return outputs, summary
+
+
+def _score_rows(session: Session, teacher: TeacherFacts, capability: str) -> int:
+    """Rows whose targets are then written; 0 where its answers already say all that the student asks of it."""
+    from nexus.data.loader import iter_records
+    from nexus.data.media import usable
+    from nexus.data.quarantine import Quarantine
+    from nexus.data.targets import ScoreWriter, TargetWriter
+    from nexus.training.facts import CapabilityFacts
+    from nexus.training.requests import is_asked, score_request, settings_of
+    from nexus.training.setup import compared_by_span, transport_of
+    from nexus.training.sources import SCORES_DIR
+
+    config, source = session.config, session.config.data_of(capability)
+    by_span = teacher.id in compared_by_span(config, (teacher,))
+    if not is_asked(teacher, by_span=by_span):
+        return 0
+
+    def request_for(records: Sequence[Record]) -> ScoreRequest:
+        return score_request(
+            teacher,
+            records,
+            temperature=config.distill.temperature,
+            by_span=by_span,
+            top_k=config.distill.top_k,
+            transport=transport_of(config, teacher.id),
+            capability=CapabilityFacts(capability, source.towers, source.snr_db),
+        )
+
+    folder = session.run.path / "targets" / teacher.id
+    writer = ScoreWriter(
+        folder / SCORES_DIR,
+        capability=capability,
+        settings=settings_of(request_for(()), teacher),
+        rows_per_file=config.extract.rows_per_file,
+    )
+    if writer.complete:
+        return writer.rows
+    quarantine = Quarantine(session.run.path / "quarantine", config.quarantine.max_bad_share)
+    own = TargetWriter.files(folder, capability) if teacher.role == "causal_lm" else []
+    paths = own or [Path(path) for path in _paths(source.pool)]
+    records = islice(
+        usable(iter_records(paths, capability=capability, quarantine=quarantine), quarantine), writer.rows, None
+    )
+    # Of two batches in flight one is always waiting at the teacher.
+    flying: deque[int] = deque()
+    number = 0
+    while batch := list(islice(records, config.extract.batch_size)):
+        session.pool.submit(("scores", number), teacher.id, "score", request_for(batch))
+        flying.append(number)
+        number += 1
+        if len(flying) > 1:
+            writer.write(session.pool.collect(("scores", flying.popleft())))
+        session.reporter.progress("extract", number * config.extract.batch_size, None, f"{teacher.id} targets")
+    for left in flying:
+        writer.write(session.pool.collect(("scores", left)))
+    writer.finish()
+    return writer.rows
+
+
+def _profiles(session: Session) -> dict[str, NIWTProfile]:
+    return {
+        teacher.id: read_artifact(session.run.path / "profile" / f"{teacher.id}.json", NIWTProfile)
+        for teacher in session.config.teachers
+    }
 
 
 def _waves(works: Sequence[TeacherWork], residents: int | None) -> Iterator[list[int]]:
@@ -255,11 +351,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     config = session.config
     if inject_spike is not None:
         parse_spike(inject_spike)
-    profiles = {
-        teacher.id: read_artifact(session.run.path / "profile" / f"{teacher.id}.json", NIWTProfile)
-        for teacher in config.teachers
-    }
-    facts = _teacher_facts(session, profiles)
+    facts = _teacher_facts(session, _profiles(session), from_files=True)
     check_answered(
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
     )
@@ -342,12 +434,23 @@ def _tokenizer_folder(session: Session) -> Path:
     return session.checkpoint_of(student.tokenizer)
 
 
-def _teacher_facts(session: Session, profiles: Mapping[str, NIWTProfile]) -> tuple[TeacherFacts, ...]:
+def _teacher_facts(
+    session: Session, profiles: Mapping[str, NIWTProfile], *, from_files: bool
+) -> tuple[TeacherFacts, ...]:
+    """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, so that
+    a run whose targets are all cached loads no teacher."""
     from transformers import AutoTokenizer
 
     from nexus.towers.loader import tokenizer_hash
-    from nexus.training.facts import TeacherFacts
+    from nexus.training.facts import TeacherFacts, TeacherFactsFile
 
+    config = session.config
+    if from_files and len(config.cached_teachers) == len(config.teachers):
+        return tuple(
+            fact
+            for teacher in config.cached_teachers
+            for fact in read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()
+        )
     reports = session.load_reports
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nexus.artifacts import TransportMetrics
 from nexus.config import RunConfig
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from actors.pool import Sleep, TeacherPool
     from nexus.run import EventLog
     from nexus.student.memory import NexusStudent
-    from nexus.towers.packing import PackedTargets
     from nexus.training.facts import TeacherFacts
-    from nexus.training.loop import DistillationLoop, StepReport
+    from nexus.training.loop import DistillationLoop, StepReport, TargetSource
+    from nexus.training.sources import MovedBytes
 
 STOP_TIMEOUT_S = 60.0
 """Longest wait for a trainer to finish its step and save, after Ctrl-C."""
@@ -77,40 +77,6 @@ class TrainerResult:
     """What each teacher's targets took, by teacher."""
 
 
-class MovedBytes:
-    """Counts the buffers of one teacher's replies."""
-
-    def __init__(self) -> None:
-        self.kinds: set[str] = set()
-        """Transports that were used: `auto` may choose several."""
-        self.rows = 0
-        self.tokens = 0
-        self.token_bytes = 0
-        """Of the token distributions."""
-        self.bytes = 0
-        """Of all arrays, the states of critical layers and labels included."""
-
-    def add(self, packed: PackedTargets) -> None:
-        """Count one reply."""
-        self.rows += len(packed.rest.row_ids)
-        self.bytes += packed.num_bytes
-        if packed.tokens is not None:
-            self.kinds.add(packed.tokens.kind)
-            self.tokens += packed.tokens.num_tokens
-            self.token_bytes += packed.tokens.num_bytes
-
-    def metrics(self, targets: Literal["live", "cached"]) -> TransportMetrics:
-        """The counts as the run reports them."""
-        return TransportMetrics(
-            transports=tuple(sorted(self.kinds)),
-            targets=targets,
-            rows=self.rows,
-            tokens=self.tokens,
-            bytes_per_token=self.token_bytes / self.tokens if self.tokens else None,
-            bytes_per_row=self.bytes / self.rows,
-        )
-
-
 class PoolSource:
     """`nexus.training.loop.TargetSource` over the teachers' actors."""
 
@@ -126,14 +92,11 @@ class PoolSource:
     def collect(self, key: Hashable) -> TeacherTargets:
         """Wait for one answer."""
         from nexus.towers.packing import unpack_targets
+        from nexus.training.sources import MovedBytes
 
         packed = self._pool.collect(key)
         self.moved.setdefault(packed.rest.teacher, MovedBytes()).add(packed)
         return unpack_targets(packed)
-
-    def metrics(self) -> dict[str, TransportMetrics]:
-        """What each teacher's targets took."""
-        return {teacher: moved.metrics("live") for teacher, moved in self.moved.items()}
 
     def head(self, teacher: str) -> TeacherHead:
         """Ask for a teacher's output head."""
@@ -199,7 +162,7 @@ class TrainerActor:
         metrics = TrainerMetrics(plan.student)
         folder = run_dir / "checkpoints" / plan.student
         taught = plan.student == "distilled"
-        source = self._source(events) if taught else None
+        source, transports = self._source(events) if taught else (None, dict)
         loop = build_loop(
             plan.config,
             run_dir=run_dir,
@@ -251,29 +214,45 @@ class TrainerActor:
             rows=int(totals["rows"]),
             seconds=time.perf_counter() - start,
             wait_seconds=totals["wait"],
-            transports={} if source is None else source.metrics(),
+            transports=transports(),
         )
 
-    def _source(self, events: EventLog) -> PoolSource:
+    def _source(self, events: EventLog) -> tuple[TargetSource, Callable[[], dict[str, TransportMetrics]]]:
+        """Where targets come from, and what they took so far."""
         from actors.pool import TeacherPool
+        from nexus.training.sources import CachedSource, MixedSource
 
-        settings = self._plan.config.distill
-        pool = TeacherPool.attach(
-            [teacher.id for teacher in self._plan.teachers],
-            window=settings.window,
-            timeout_s=settings.target_timeout_s,
-            max_retries=settings.max_retries,
-            sleep=self._plan.sleep,
-            on_event=lambda kind, teacher, reason: events.write(
-                {
-                    "kind": "restart" if kind == "retry" else kind,
-                    "teacher": teacher,
-                    "reason": reason,
-                    "step": self._progress.step,
-                }
-            ),
-        )
-        return PoolSource(pool)
+        config = self._plan.config
+        by_id = {teacher.id: teacher for teacher in self._plan.teachers}
+        cached_ids = config.cached_teachers
+        cached = CachedSource(Path(self._plan.run_dir) / "targets", {teacher: by_id[teacher] for teacher in cached_ids})
+        live: PoolSource | None = None
+        source: TargetSource = cached
+        if len(cached_ids) < len(by_id):
+            pool = TeacherPool.attach(
+                [teacher for teacher in by_id if teacher not in cached_ids],
+                window=config.distill.window,
+                timeout_s=config.distill.target_timeout_s,
+                max_retries=config.distill.max_retries,
+                sleep=self._plan.sleep,
+                on_event=lambda kind, teacher, reason: events.write(
+                    {
+                        "kind": "restart" if kind == "retry" else kind,
+                        "teacher": teacher,
+                        "reason": reason,
+                        "step": self._progress.step,
+                    }
+                ),
+            )
+            source = live = PoolSource(pool)
+            if cached_ids:
+                source = MixedSource(live, cached, cached_ids)
+
+        def transports() -> dict[str, TransportMetrics]:
+            moved = {} if live is None else {teacher: moved.metrics("live") for teacher, moved in live.moved.items()}
+            return moved | {teacher: moved.metrics("cached") for teacher, moved in cached.moved.items()}
+
+        return source, transports
 
     def _record(self, report: StepReport, loop: DistillationLoop, events: EventLog, metrics: TrainerMetrics) -> None:
         student = self._plan.student

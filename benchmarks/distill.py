@@ -2,12 +2,13 @@
 
     python benchmarks/distill.py [--json FILE] [--steps 40] [--rounds 5] [--trl-python PYTHON] [--only NAME ...] [--work DIR]
 
-The task: a Qwen3 teacher (4 layers of 128) trained on the sources of this Python's standard library in 4,096 tokens, and a student of 2
-layers of 64. Every contender gets the same saved teacher in float32, the same initial student (`NexusStudentCore`), the same rows in
-the same order (8 of 128 tokens a step), forward KL at temperature 1, AdamW with the same constants, clipping and schedule. A contender
-is a process of its own with two cores in all: two threads, or one for the student and one shared by its teachers' actors. Rounds run
-every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
-evaluated in between; seconds are the median over all steps of all rounds, with the least beside it.
+The task: a Qwen3 teacher (4 layers of 128) trained on the sources of this Python's standard library in 4,096 tokens, and a student
+of 2 layers of 64. Every contender gets the same saved teacher in float32, the same initial student (`NexusStudentCore`), the same
+rows in the same order (8 of 128 tokens a step), forward KL at temperature 1, AdamW with the same constants, clipping and schedule. A
+contender is a process of its own with two cores in all: two threads, or one for the student and one of each teacher's actor. Rounds
+run every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
+evaluated in between; seconds are the median over all steps of all rounds, with the least beside it and, where all work is in one
+process, the CPU seconds of its threads (on a machine that others use too, their ratio is the steadier one).
 
 TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too; this
 folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
@@ -17,7 +18,7 @@ folder's parent is put on its path). A ratio that could not be measured is left 
     speedup_over_trl_gkd           the same over trl.experimental.gkd.GKDTrainer (lmbda 0, beta 0)
     live_ray_speedup_over_trl_gkd  the teacher as a Ray actor on the same two cores
     cached_epoch_speedup           an epoch from cached top-k targets over a live epoch of the same
-    overlap_efficiency             max(teacher, student) / step, the worst of teachers slowed to 0.5, 1, 2 and 4 times the student's step
+    overlap_efficiency             max(teacher, student) / step, the least over teachers of 0.5, 1, 2, 4 times the student's step
     serial_loop_speedup_4_teachers four teachers, two of them slow, over a hand-written serial loop
     loss_peak_extra_gib            of the hidden-state divergence, 1,024 tokens of 512 over 151,936 ids, forward and backward
     loss_time_over_trl             its time over that of TRL's vocabulary tiles
@@ -37,7 +38,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ VOCABULARY, LENGTH, BATCH = 4096, 128, 8
 WARM_UP = 5
 TEACHER_STEPS = 200
 HELD_OUT_ROWS = 64
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
+LEARNING_RATE, FINAL_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.02, 0.01, 1.0
 SLOW = (0.5, 1.0, 2.0, 4.0)
 """Times of a slowed teacher, in steps of the student."""
 TEACHER = "stdlib"
@@ -98,6 +100,7 @@ def _in_process(arguments: argparse.Namespace) -> dict[str, float]:
     runs = _rounds(arguments, names)
     seconds = {name: statistics.median(_steps(runs[name])) for name in names}
     best = {name: min(_steps(runs[name])) for name in names}
+    cpu = {name: statistics.median(_steps(runs[name], "cpu_seconds")) for name in names if name != "ray"}
     tokens = BATCH * LENGTH
     for name in names:
         kl = runs[name][0]["held_out_kl"]
@@ -110,12 +113,14 @@ def _in_process(arguments: argparse.Namespace) -> dict[str, float]:
         "heldout_kl_difference": abs(kls["nexus"] - kls["plain"]),
         "speedup_over_plain_loop": seconds["plain"] / seconds["nexus"],
         "speedup_over_plain_loop_best": best["plain"] / best["nexus"],
+        "speedup_over_plain_loop_cpu": cpu["plain"] / cpu["nexus"],
     }
     if "trl" in names:
         found |= {
             "heldout_kl_difference_trl": abs(kls["trl"] - kls["plain"]),
             "speedup_over_trl_gkd": seconds["trl"] / seconds["nexus"],
             "speedup_over_trl_gkd_best": best["trl"] / best["nexus"],
+            "speedup_over_trl_gkd_cpu": cpu["trl"] / cpu["nexus"],
             "live_ray_speedup_over_trl_gkd": seconds["trl"] / seconds["ray"],
             "live_ray_speedup_over_trl_gkd_best": best["trl"] / best["ray"],
         }
@@ -183,8 +188,8 @@ def _rounds(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, li
     return runs
 
 
-def _steps(runs: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [seconds for run in runs for seconds in run["seconds"]]
+def _steps(runs: Sequence[Mapping[str, Any]], name: str = "seconds") -> list[float]:
+    return [seconds for run in runs for seconds in run[name]]
 
 
 def _contender(arguments: argparse.Namespace, name: str, *, factor: float = 0.0) -> dict[str, Any]:
@@ -307,7 +312,9 @@ def _task(arguments: argparse.Namespace) -> dict[str, Any]:
 def _teacher(arguments: argparse.Namespace) -> Any:
     from transformers import Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM.from_pretrained(arguments.work / "teacher", dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        Qwen3ForCausalLM.from_pretrained(arguments.work / "teacher", dtype=torch.float32).eval().requires_grad_(False)
+    )
 
 
 def _total(arguments: argparse.Namespace) -> int:
@@ -329,7 +336,9 @@ def _optimizer(core: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM_BETAS, foreach=True)
-    return optimizer, LearningRateSchedule(optimizer, warmup_steps=WARM_UP, total_steps=steps, final_fraction=0.02)
+    return optimizer, LearningRateSchedule(
+        optimizer, warmup_steps=WARM_UP, total_steps=steps, final_fraction=FINAL_RATE
+    )
 
 
 @torch.no_grad()
@@ -342,8 +351,25 @@ def _held_out(core: nn.Module, teacher: nn.Module, tokens: Tensor) -> float:
     return total / (HELD_OUT_ROWS * (LENGTH - 1))
 
 
-def _result(seconds: Sequence[float], core: nn.Module, teacher: nn.Module, tokens: Tensor) -> dict[str, Any]:
-    return {"seconds": list(seconds)[WARM_UP:], "held_out_kl": _held_out(core, teacher, tokens)}
+@dataclass
+class _Clock:
+    """Ends of steps: wall seconds, and CPU seconds of this process."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def tick(self) -> None:
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def steps(self) -> dict[str, list[float]]:
+        """Without those of the warm-up."""
+        wall, cpu = ([after - before for before, after in pairwise(times)] for times in (self.wall, self.cpu))
+        return {"seconds": wall[WARM_UP:], "cpu_seconds": cpu[WARM_UP:]}
+
+
+def _result(clock: _Clock, core: nn.Module, teacher: nn.Module, tokens: Tensor) -> dict[str, Any]:
+    return {**clock.steps(), "held_out_kl": _held_out(core, teacher, tokens)}
 
 
 # --- contenders ---------------------------------------------------------------------------------------------------------------
@@ -354,9 +380,9 @@ def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
     task, teacher = _task(arguments), _teacher(arguments)
     core = _load_student(task).core.train()
     optimizer, scheduler = _optimizer(core, _total(arguments))
-    seconds = []
+    clock = _Clock()
+    clock.tick()
     for rows in _batches(arguments, task["tokens"]):
-        start = time.perf_counter()
         mask = torch.ones_like(rows)
         with torch.no_grad():
             target = teacher(input_ids=rows, attention_mask=mask).logits[:, :-1].flatten(0, 1).log_softmax(-1)
@@ -367,8 +393,8 @@ def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(core.parameters(), CLIP)
         optimizer.step()
         scheduler.step()
-        seconds.append(time.perf_counter() - start)
-    return _result(seconds, core, teacher, task["tokens"])
+        clock.tick()
+    return _result(clock, core, teacher, task["tokens"])
 
 
 def _trl(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -381,15 +407,14 @@ def _trl(arguments: argparse.Namespace) -> dict[str, Any]:
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
+    clock = _Clock()
 
+    class Ticks(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter())
+            clock.tick()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter())
+            clock.tick()
 
     task, teacher = _task(arguments), _teacher(arguments)
     core = _load_student(task).core.train()
@@ -403,9 +428,9 @@ def _trl(arguments: argparse.Namespace) -> dict[str, Any]:
         ids = torch.tensor([example["input_ids"] for example in examples])
         labels = ids.clone()
         mask = torch.ones_like(ids)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompts": ids[:, :1], "prompt_attention_mask": mask[:, :1]}
+        prompt = {"prompts": ids[:, :1], "prompt_attention_mask": mask[:, :1]}
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, **prompt}
 
-    clock = Clock()
     trainer = InOrder(
         model=core,
         teacher_model=teacher,
@@ -418,11 +443,10 @@ def _trl(arguments: argparse.Namespace) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
         processing_class=AutoTokenizer.from_pretrained(arguments.work / "teacher"),
         optimizers=(optimizer, scheduler),
-        callbacks=[clock],
+        callbacks=[Ticks()],
     )  # fmt: skip
     trainer.train()
-    seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return _result(seconds, core, teacher, task["tokens"])
+    return _result(clock, core, teacher, task["tokens"])
 
 
 def _trl_loss(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -494,7 +518,12 @@ def _spec(arguments: argparse.Namespace, teacher: str = TEACHER) -> Any:
 
     # In float32 like everybody's: what NF4 saves is memory, and it is measured elsewhere.
     return TeacherSpec(
-        id=teacher, path=str(arguments.work / "teacher"), revision=None, role="causal_lm", quantise=False, min_coverage=0.0
+        id=teacher,
+        path=str(arguments.work / "teacher"),
+        revision=None,
+        role="causal_lm",
+        quantise=False,
+        min_coverage=0.0,
     )
 
 
@@ -566,29 +595,31 @@ def _loop(
         settings=LoopSettings(
             steps=_total(arguments), optimizer="adamw", learning_rate=LEARNING_RATE, warmup_steps=WARM_UP,
             weight_decay=WEIGHT_DECAY, grad_clip=CLIP, gold_weight=0.0, anchor_start=0.0, anchor_end=0.0, window=window,
-            snapshot_every=50, checkpoint_every=10**9, surgery_method="none", surgery_every=1, seed=0,
+            snapshot_every=50, checkpoint_every=10**9, surgery_method="none", surgery_every=1, seed=0, schedule="cosine",
+            final_rate=FINAL_RATE, decay_share=0.2, accumulate=1, ema_decay=None, surgery_subset="adapters_and_trunk", ramps={},
         ),
     )  # fmt: skip
 
 
-def _advance(loop: Any) -> tuple[list[float], list[float]]:
-    """Seconds of each step of `loop.run`, and of its wait for targets."""
-    times, waits = [time.perf_counter()], []
+def _advance(loop: Any) -> tuple[_Clock, list[float]]:
+    """Times of the steps of `loop.run`, and seconds of their waits for targets."""
+    clock, waits = _Clock(), []
+    clock.tick()
 
     def on_report(report: Any) -> None:
         assert report.action == "step"
-        times.append(time.perf_counter())
+        clock.tick()
         waits.append(report.wait_s)
 
     loop.run(on_report=on_report, should_stop=lambda: False, save=lambda: None)
-    return [after - before for before, after in zip(times, times[1:], strict=False)], waits
+    return clock, waits[WARM_UP:]
 
 
 def _nexus(arguments: argparse.Namespace) -> dict[str, Any]:
     task, engine = _task(arguments), _engine(arguments)
     loop = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), window=1)
-    seconds, _ = _advance(loop)
-    return _result(seconds, loop.objective.student.core, engine.tower.model, task["tokens"])
+    clock, _ = _advance(loop)
+    return _result(clock, loop.objective.student.core, engine.tower.model, task["tokens"])
 
 
 @contextmanager
@@ -637,8 +668,8 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
     task = _task(arguments)
     with _ray_pool(arguments, [TEACHER], {}) as (pool, reports):
         loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool))
-        seconds, _ = _advance(loop)
-    return _result(seconds, loop.objective.student.core, _teacher(arguments), task["tokens"])
+        clock, _ = _advance(loop)
+    return _result(clock, loop.objective.student.core, _teacher(arguments), task["tokens"])
 
 
 def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -649,18 +680,18 @@ def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
 
     task, engine = _task(arguments), _engine(arguments)
     alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk")
-    steps, waits = _advance(alone)
-    student = statistics.median([step - wait for step, wait in zip(steps, waits, strict=True)][WARM_UP:])
+    clock, waits = _advance(alone)
+    student = statistics.median(step - wait for step, wait in zip(clock.steps()["seconds"], waits, strict=True))
     with _ray_pool(arguments, [TEACHER], {TEACHER: arguments.factor * student}) as (pool, reports):
         loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool), transport="topk")
-        steps, waits = _advance(loop)
+        clock, waits = _advance(loop)
         taken = ray.get(pool._lanes[TEACHER].handle.seconds.remote())
-    own = [step - wait for step, wait in zip(steps, waits, strict=True)]
-    # Sums and not medians: a queue that runs dry now and then costs a few long waits, which a median would hide.
+    steps = clock.steps()["seconds"]
+    # Means and not medians: a queue that runs dry now and then costs a few long waits, which a median would hide.
     return {
-        "teacher_seconds": statistics.mean(taken[WARM_UP : len(steps)]),
-        "student_seconds": statistics.mean(own[WARM_UP:]),
-        "step_seconds": statistics.mean(steps[WARM_UP:]),
+        "teacher_seconds": statistics.mean(taken[WARM_UP : WARM_UP + len(steps)]),
+        "student_seconds": statistics.mean(step - wait for step, wait in zip(steps, waits, strict=True)),
+        "step_seconds": statistics.mean(steps),
     }
 
 
@@ -675,8 +706,8 @@ def _ray4(arguments: argparse.Namespace) -> dict[str, Any]:
     task = _task(arguments)
     with _ray_pool(arguments, FOUR, SLOW_TEACHERS) as (pool, reports):
         loop = _loop(arguments, task, reports["one"].fingerprint, PoolSource(pool), teachers=FOUR, window=3)
-        seconds, _ = _advance(loop)
-    return {"seconds": seconds[WARM_UP:]}
+        clock, _ = _advance(loop)
+    return dict(clock.steps())
 
 
 def _serial4(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -684,9 +715,9 @@ def _serial4(arguments: argparse.Namespace) -> dict[str, Any]:
     task, teacher = _task(arguments), _teacher(arguments)
     core = _load_student(task).core.train()
     optimizer, scheduler = _optimizer(core, _total(arguments))
-    seconds = []
+    clock = _Clock()
+    clock.tick()
     for rows in _batches(arguments, task["tokens"]):
-        start = time.perf_counter()
         mask = torch.ones_like(rows)
         optimizer.zero_grad()
         for name in FOUR:
@@ -700,8 +731,8 @@ def _serial4(arguments: argparse.Namespace) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(core.parameters(), CLIP)
         optimizer.step()
         scheduler.step()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[WARM_UP:]}
+        clock.tick()
+    return dict(clock.steps())
 
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -63,6 +63,8 @@ class _TeacherBase(ConfigSection):
     """Copies of this teacher, each an actor with all its weights; work is spread over them and comes to the same results."""
     transport: Transport | None = None
     """How this language model's token distributions travel; None takes `distill.transport`."""
+    targets: Literal["live", "cached"] | None = None
+    """Whether this teacher answers while the student trains; None takes `distill.targets`."""
     start_step: int = Field(0, ge=0)
     """First optimizer step that this teacher takes part in."""
     ramp_steps: int = Field(0, ge=0)
@@ -276,6 +278,8 @@ class DistillConfig(ConfigSection):
     mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
     draws; the divergence is then the forward KL), `full`, or `auto` (of topk, hidden and full the one of fewest bytes that keeps
     `transport_error`)."""
+    targets: Literal["live", "cached"] = "live"
+    """`live` asks the teachers while the student trains; `cached` lets extraction ask them once, and training needs none of them."""
     top_k: int = Field(64, gt=0)
     """Kept ids per scored token of transport topk; the rest travels as one tail mass."""
     draws: int = Field(12, gt=0)
@@ -468,6 +472,11 @@ class RunConfig(ConfigSection):
                 raise ValueError(
                     f"transport of teacher {teacher.id!r} has no effect: only language models give token distributions; remove it"
                 )
+            if self.targets_of(teacher.id) == "cached" and self.transport_of(teacher.id) in ("hidden", "auto"):
+                raise ValueError(
+                    f"cached targets of teacher {teacher.id!r} travel as topk, sampled or full, found transport "
+                    f"{self.transport_of(teacher.id)}, whose receiver asks the teacher for its output head; choose one of them"
+                )
         used = {self.transport_of(teacher.id) for teacher in self.teachers}
         for name, transport in TRANSPORT_SETTINGS.items():
             is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
@@ -520,6 +529,16 @@ class RunConfig(ConfigSection):
         """How the token distributions of `teacher` travel."""
         own = next(entry.transport for entry in self.teachers if entry.id == teacher)
         return self.distill.transport if own is None else own
+
+    def targets_of(self, teacher: str) -> Literal["live", "cached"]:
+        """Whether `teacher` answers while the student trains."""
+        own = next(entry.targets for entry in self.teachers if entry.id == teacher)
+        return self.distill.targets if own is None else own
+
+    @property
+    def cached_teachers(self) -> tuple[str, ...]:
+        """Ids of the teachers whose targets are written beforehand."""
+        return tuple(teacher.id for teacher in self.teachers if self.targets_of(teacher.id) == "cached")
 
     def teachers_of(self, capability: str) -> tuple[TeacherConfig, ...]:
         """The teachers that label rows of `capability`, in the order of the file."""

@@ -221,6 +221,19 @@ def test_a_transport_of_an_encoder_is_refused():
     assert "transport of teacher 'sample-vision' has no effect" in _error(document)
 
 
+def test_cached_targets_are_chosen_for_all_teachers_or_for_one():
+    document = _document()
+    document["teachers"][0]["targets"] = "cached"
+    config = parse_config(document, source="run.yaml")
+    assert config.cached_teachers == ("sample-reasoning",)
+    document["distill"]["targets"] = "cached"
+    document["teachers"][0]["targets"] = "live"
+    config = parse_config(document, source="run.yaml")
+    assert config.cached_teachers == ("sample-code", "sample-vision", "sample-audio")
+    document["distill"]["transport"] = "hidden"
+    assert "cached targets of teacher 'sample-code' travel as topk, sampled or full" in _error(document)
+
+
 def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
     off = load_config(QUICKSTART, ["cache.dir=null"])
     (tmp_path / "c.yaml").write_text(dump_config(off))

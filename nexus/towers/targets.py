@@ -52,6 +52,8 @@ class ScoreRequest:
     """S of `sampled`; None for the other transports."""
     max_error: float | None = None
     """What `auto` may lose: KL(teacher || what its targets say), nats per scored token of the reply; None for the others."""
+    capability: str | None = None
+    """Of the rows; finds targets that were cached, and is nothing to a teacher."""
     denoising: Denoising = Denoising()
     """For diffusion teachers."""
 

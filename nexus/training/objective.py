@@ -33,7 +33,6 @@ from transformers import PreTrainedTokenizerBase
 from nexus.adapters.base import POOLED, Adapter, AdapterConfig, Alignment, Features
 from nexus.config import TOWERS, Divergence
 from nexus.data.collate import TokenBatch, collate, tokenise_rows
-from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.inputs import record_media
@@ -57,6 +56,7 @@ from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
 from nexus.training.hidden_divergence import DISTILL_MIX, FORWARD_KL, OutputHead, Term, hidden_divergence
 from nexus.training.labels import LabelTokens
 from nexus.training.one_pass import StudentRows, dense_one_pass, hidden_one_pass, topk_one_pass
+from nexus.training.requests import completion_of, is_asked, score_request
 
 TERMS: Mapping[Divergence, tuple[Term, ...]] = {"mix": DISTILL_MIX, "forward_kl": FORWARD_KL}
 """What each name of a divergence stands for."""
@@ -161,26 +161,17 @@ class DistillationObjective(nn.Module):
     def request(self, assignment: Assignment, records: Sequence[Record]) -> ScoreRequest | None:
         """What to ask the teacher about these rows; None when its answers in the rows already say everything."""
         teacher = self.teachers[assignment.teacher]
-        layers = tuple(layer for layer, _ in teacher.critical_layers)
-        is_silent = teacher.role == "causal_lm" and not teacher.shares_tokenizer and teacher.id not in self._aligners
-        if not records or (is_silent and not layers):
+        by_span = teacher.id in self._aligners
+        if not records or not is_asked(teacher, by_span=by_span):
             return None
-        is_language = teacher.role == "causal_lm"
-        # Where the vocabulary is another, the distribution cannot be learned from: its smallest form will do.
-        chosen = self._transports.get(teacher.id) if teacher.shares_tokenizer else None
-        return ScoreRequest(
-            row_ids=tuple(record.id for record in records),
-            prompts=tuple(record.prompt for record in records),
-            completions=tuple(_completion(record) for record in records) if is_language else None,
-            media=None if is_language else tuple(_media_bytes(record) for record in records),
-            # The probability of a span is that of its text at temperature 1 only.
-            temperature=1.0 if teacher.id in self._aligners else self._temperature,
+        return score_request(
+            teacher,
+            records,
+            temperature=self._temperature,
+            by_span=by_span,
             top_k=self._top_k,
-            layers=layers,
-            snr_db=self.capabilities[assignment.capability].snr_db,
-            transport="topk" if chosen is None else chosen.kind,
-            draws=None if chosen is None else chosen.draws,
-            max_error=None if chosen is None else chosen.max_error,
+            transport=self._transports.get(teacher.id),
+            capability=self.capabilities[assignment.capability],
         )
 
     # --- losses ---------------------------------------------------------------------------------------------------------------
@@ -192,7 +183,7 @@ class DistillationObjective(nn.Module):
 
     def num_gold_tokens(self, records: Sequence[Record]) -> int:
         """Scored tokens of labelled rows."""
-        return self._collate(records, [_completion(record) for record in records]).num_loss_tokens
+        return self._collate(records, [completion_of(record) for record in records]).num_loss_tokens
 
     def teacher_loss(
         self,
@@ -256,7 +247,7 @@ class DistillationObjective(nn.Module):
             num_tokens: scored tokens of each capability in the optimizer step that these rows are a part of; None counts these.
         """
         records = [record for rows in labelled.values() for record in rows]
-        passed = self._forward(records, [_completion(record) for record in records])
+        passed = self._forward(records, [completion_of(record) for record in records])
         parts = passed.row_cross_entropy().split([len(rows) for rows in labelled.values()], dim=1)
         if num_tokens is not None:
             shares = [nats_B.sum() / num_tokens[name] for name, (nats_B, _) in zip(labelled, parts, strict=True)]
@@ -270,7 +261,7 @@ class DistillationObjective(nn.Module):
         if _is_feature_only(teacher):
             return [""] * len(records)
         if teacher.label_texts is None:
-            return [_completion(record) for record in records]
+            return [completion_of(record) for record in records]
         assert targets is not None
         assert targets.label_logprobs_BC is not None
         return [teacher.label_texts[index] for index in targets.label_logprobs_BC.argmax(axis=1)]
@@ -654,16 +645,3 @@ def _declared(spec: StudentSpec, tower: str, teacher: str) -> bool:
 
 def _tower_of(spec: StudentSpec, teacher: str) -> str | None:
     return next((tower for tower in spec.adapters() if _declared(spec, tower, teacher)), None)
-
-
-def _completion(record: Record) -> str:
-    if record.completion is None:
-        raise TowerLoadError(
-            f"Expected a completion in row {record.id}, found none. Extract the teacher's answers first."
-        )
-    return record.completion
-
-
-def _media_bytes(record: Record) -> bytes:
-    assert record.media is not None, "the loader refuses rows without the media that their columns promise"
-    return read_media(record.media)

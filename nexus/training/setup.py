@@ -103,7 +103,7 @@ def build_loop(
         max_length=config.student.max_length,
         divergence=distill.divergence,
         precision=distill.precision,
-        transports={teacher.id: _transport(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
+        transports={teacher.id: transport_of(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         tokenizers=teacher_tokenizers(config, run_dir, teachers),
         head_of=None if source is None else lambda teacher: source.head(teacher),
     )
@@ -200,7 +200,8 @@ def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
         )
 
 
-def _transport(config: RunConfig, teacher: str) -> TokenTransport:
+def transport_of(config: RunConfig, teacher: str) -> TokenTransport:
+    """How a teacher's token distributions are asked for."""
     distill, kind = config.distill, config.transport_of(teacher)
     return TokenTransport(
         kind,
