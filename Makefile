@@ -2,7 +2,7 @@
 # PYTHON=python3.12 chooses the interpreter of a new .venv, FRESH=1 rebuilds an existing one.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart lint format types security coverage bench samples lock clean
+.PHONY: help setup test quickstart lint format types security coverage bench teacher-env samples lock clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -22,7 +22,7 @@ MALLOC := MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
 CORE := nexus/student/*,nexus/adapters/*,nexus/training/*,nexus/profiling/*,nexus/towers/*
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv from constraints.txt (CPU build of torch unless there is a GPU)
 	@echo "setup: .venv is up to date"
@@ -65,6 +65,9 @@ security: $(STAMP) ## Look for unsafe code, known vulnerabilities, secrets and m
 
 bench: $(STAMP) ## Run the benchmarks (long); the quickstart over three seeds is one of them
 	@for script in benchmarks/*.py; do echo "== $$script"; $(MALLOC) $(BIN)/python $$script; done
+
+teacher-env: $(STAMP) ## Make the environment of a vendor's package: make teacher-env NAME=qwen-tts (or parler-tts)
+	@scripts/teacher_env.sh "$(NAME)"
 
 samples: $(STAMP) ## Rebuild the sample data and teachers (long; needs espeak-ng)
 	@$(BIN)/python nexus/data/samples/make_data.py

@@ -25,6 +25,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTa
 
 from actors.teacher import CONTROL_GROUP, ActorHealth, LoadReport, TeacherActor, replica_suffix
 from nexus.errors import NexusError, TeacherUnavailableError
+from nexus.vendors.environments import ENVIRONMENTS, interpreter_of, process_environment, what_to_type
 
 if TYPE_CHECKING:
     from nexus.config import RunConfig
@@ -40,11 +41,29 @@ POLL_S = 0.5
 """Longest single wait inside Ray, so that signals and deadlines are seen."""
 
 
+def runtime_environment(spec: TeacherSpec) -> dict[str, Any] | None:
+    """A vendor's teacher runs in the environment of its package; all others run where the driver does.
+
+    Raises:
+        TeacherUnavailableError: the environment has not been made.
+    """
+    if spec.library not in ENVIRONMENTS:
+        return None
+    python = interpreter_of(spec.library)
+    if python is None:
+        raise TeacherUnavailableError(
+            f"Expected the environment of teacher {spec.id!r}, found none. It needs {what_to_type(spec.library)}"
+        )
+    return {"py_executable": str(python), "env_vars": process_environment()}
+
+
 def actor_name(teacher: str, replica: int = 0) -> str:
     """Name under which an actor of a teacher is found in the run's namespace: `teacher:ID`, `teacher:ID#2`, `teacher:ID#3`."""
     return f"teacher:{teacher}{replica_suffix(replica)}"
 
 
+FIRST_BACKOFF_S = 1.0
+"""Wait before a call is repeated to an actor that died, doubled each time."""
 SLEEP_TIMEOUT_S = 120.0
 """Putting a model aside copies its weights at most once; longer than that, the process is restarted."""
 
@@ -75,6 +94,8 @@ class _Call:
     """The only replica that may answer; None for any."""
     attempts: int = 0
     deadline: float = 0.0
+    not_before: float = 0.0
+    """Of a repeat: a process takes seconds to start, on a busy machine more."""
 
 
 @dataclass
@@ -187,6 +208,7 @@ class TeacherPool:
                     max_task_retries=0,
                     max_pending_calls=4 * window + 16,
                     allow_out_of_order_execution=True,
+                    runtime_env=runtime_environment(spec),
                 ).remote(spec, torch_threads, replica)
                 key = ("load", spec.id, replica)
                 pool._queue(_Call(key, spec.id, "load", (), load_timeout_s, replica))
@@ -288,7 +310,7 @@ class TeacherPool:
         assert call.key not in self._pending | self._done.keys(), f"key {call.key!r} is in use"
         if self._sleep is not None and not self._pending:
             # Another pool of this run may have worked with the teachers meanwhile.
-            self._look_who_is_awake()
+            self._look_who_is_awake(call.teacher)
         self._pending.add(call.key)
         self._lanes[call.teacher].waiting.append(call)
         self._pump()
@@ -297,6 +319,8 @@ class TeacherPool:
         for teacher, lane in self._lanes.items():
             while lane.waiting and self._wake(teacher):
                 call = lane.waiting[0]
+                if call.not_before > time.monotonic():
+                    break
                 # Of equals the first.
                 replica = min(lane.handles, key=lane.load_of) if call.replica is None else call.replica
                 if lane.load_of(replica) >= self._window:
@@ -366,11 +390,16 @@ class TeacherPool:
         except TeacherUnavailableError:
             return None
 
-    def _look_who_is_awake(self) -> None:
+    def _look_who_is_awake(self, wanted: str) -> None:
+        """Ask the actors, and put to sleep who is too many, `wanted` last."""
+        assert self._sleep is not None
         found = [
             teacher for teacher, lane in self._lanes.items() if any(self._is_loaded(teacher, r) for r in lane.handles)
         ]
         self._awake = {**{name: None for name in self._awake if name in found}, **dict.fromkeys(found)}
+        for teacher in [*(name for name in found if name != wanted), wanted]:
+            if len(beside := self._awake_beside(teacher)) > self._sleep.residents and teacher in beside:
+                self._put_to_sleep(teacher)
 
     def _is_loaded(self, teacher: str, replica: int) -> bool:
         try:
@@ -384,7 +413,9 @@ class TeacherPool:
         if self._check:
             self._check()
         flying = {reference: lane for lane in self._lanes.values() for reference in lane.in_flight}
-        ready, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_S, fetch_local=True)
+        if not flying:  # all that waits is about to be repeated
+            time.sleep(POLL_S)
+        ready = ray.wait(list(flying), num_returns=1, timeout=POLL_S, fetch_local=True)[0] if flying else []
         for reference in ready:
             self._receive(flying[reference], reference)
         now = time.monotonic()
@@ -416,6 +447,7 @@ class TeacherPool:
                 ),
             )
         except RayActorError as error:
+            call.not_before = time.monotonic() + FIRST_BACKOFF_S * 2 ** (call.attempts - 1)
             self._retry(lane, call, _one_line(error))
 
     def _retry(self, lane: _Lane, call: _Call, reason: str) -> None:

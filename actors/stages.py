@@ -257,11 +257,12 @@ def _score_rows(session: Session, teacher: TeacherFacts, capability: str) -> int
     from nexus.data.targets import ScoreWriter, TargetWriter
     from nexus.training.facts import CapabilityFacts
     from nexus.training.requests import is_asked, score_request, settings_of
-    from nexus.training.setup import transport_of
+    from nexus.training.setup import compared_by_span, transport_of
     from nexus.training.sources import SCORES_DIR
 
     config, source = session.config, session.config.data_of(capability)
-    if not is_asked(teacher):
+    by_span = teacher.id in compared_by_span(config, (teacher,))
+    if not is_asked(teacher, by_span=by_span):
         return 0
 
     def request_for(records: Sequence[Record]) -> ScoreRequest:
@@ -269,6 +270,7 @@ def _score_rows(session: Session, teacher: TeacherFacts, capability: str) -> int
             teacher,
             records,
             temperature=config.distill.temperature,
+            by_span=by_span,
             top_k=config.distill.top_k,
             transport=transport_of(config, teacher.id),
             capability=CapabilityFacts(capability, source.towers, source.snr_db),
@@ -344,7 +346,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     from nexus.training.facts import TeacherFactsFile
     from nexus.training.loop import parse_spike
     from nexus.training.objective import check_answered
-    from nexus.training.setup import save_tokenizer
+    from nexus.training.setup import compared_by_span, save_teacher_tokenizer, save_tokenizer
 
     config = session.config
     if inject_spike is not None:
@@ -354,7 +356,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
     )
     write_artifact(session.run.path / FACTS_FILE, TeacherFactsFile.from_facts(facts))
-    save_tokenizer(session.checkpoint_of(config.student.tokenizer), session.run.path)
+    save_tokenizer(_tokenizer_folder(session), session.run.path)
+    for teacher in compared_by_span(config, facts):
+        save_teacher_tokenizer(session.checkpoint_of(teacher), session.run.path, teacher)
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
@@ -421,11 +425,23 @@ def _progress(actor: Any) -> TrainerProgress | None:
         return None  # the train() reference tells what happened
 
 
+def _tokenizer_folder(session: Session) -> Path:
+    """Where the student's tokenizer comes from: its pretrained trunk, or a teacher."""
+    student = session.config.student
+    if student.trunk is not None:
+        return resolve_path(student.trunk)
+    assert student.tokenizer is not None, "the schema asks for one of both"
+    return session.checkpoint_of(student.tokenizer)
+
+
 def _teacher_facts(
     session: Session, profiles: Mapping[str, NIWTProfile], *, from_files: bool
 ) -> tuple[TeacherFacts, ...]:
     """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, so that
     a run whose targets are all cached loads no teacher."""
+    from transformers import AutoTokenizer
+
+    from nexus.towers.loader import tokenizer_hash
     from nexus.training.facts import TeacherFacts, TeacherFactsFile
 
     config = session.config
@@ -436,7 +452,7 @@ def _teacher_facts(
             for fact in read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()
         )
     reports = session.load_reports
-    student_hash = reports[session.config.student.tokenizer].tokenizer_hash
+    student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
         TeacherFacts(
             id=teacher.id,

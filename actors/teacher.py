@@ -12,17 +12,18 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.memory import load_turn, private_bytes, release_freed_memory
+from nexus.errors import ProfilingError
 from nexus.towers.health import FingerprintChangedError
+from nexus.vendors.environments import ENVIRONMENTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
+    from nexus.towers.nf4 import CoverageReport
     from nexus.towers.packing import PackedTargets
     from nexus.towers.parking import ParkedWeights
     from nexus.towers.registry import TeacherSpec
@@ -104,7 +105,7 @@ class TeacherActor:
         again from the checkpoint.
         """
         if self._engine is not None:
-            if self._engine.tower.model.device.type == "cuda":
+            if self._spec.library not in ENVIRONMENTS and self._engine.tower.model.device.type == "cuda":
                 from nexus.towers.parking import park
 
                 self._parked = park(self._engine.tower.model)
@@ -165,7 +166,10 @@ class TeacherActor:
     def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_seldom`, counted as work on a profile."""
         before = self._busy_seconds
-        result = self._seldom(rows, call)
+        try:
+            result = self._seldom(rows, call)
+        except ProfilingError as error:
+            raise type(error)(f"Profiling {self._spec.id}: {error}") from None
         self._metrics.profiled(rows, self._busy_seconds - before)
         return result
 
@@ -192,43 +196,41 @@ class TeacherActor:
 
             unpark(self._engine.tower.model, self._parked)
             self._parked = None
+            self._engine.probe()
         if self._engine is None:
             import torch
             from transformers.utils.logging import disable_progress_bar
 
             from actors.metrics import TeacherMetrics
-            from nexus.towers.engine import TeacherEngine
-            from nexus.towers.loader import load_tower
 
             torch.set_num_threads(self._torch_threads)
             # One bar per checkpoint would bury the run's own news.
             disable_progress_bar()
             with load_turn():
                 start = time.perf_counter()
-                tower = load_tower(self._spec)
-            engine = TeacherEngine(tower, teacher_id=self._spec.id)
+                engine, coverage, weight_bytes, from_cache = _opened(self._spec)
+            engine.probe()
             before = None if self._report is None else self._report.fingerprint
-            weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
             self._report = LoadReport(
                 teacher=self._spec.id,
-                fingerprint=tower.fingerprint,
+                fingerprint=engine.fingerprint,
                 tokenizer_hash=engine.tokenizer_hash,
-                num_params=tower.coverage.total_params,
-                quantised_share=tower.coverage.share,
-                bits_per_param=tower.coverage.bits_per_param,
-                max_weight_error=tower.coverage.max_weight_error,
+                num_params=coverage.total_params,
+                quantised_share=coverage.share,
+                bits_per_param=coverage.bits_per_param,
+                max_weight_error=coverage.max_weight_error,
                 weight_bytes=weight_bytes,
                 num_layers=engine.num_layers,
                 hidden_size=engine.hidden_size,
-                vocabulary_size=_vocabulary_size(tower.model) if engine.role == "causal_lm" else None,
+                vocabulary_size=engine.vocabulary_size if engine.role == "causal_lm" else None,
                 label_texts=engine.label_texts,
-                from_cache=tower.from_cache,
+                from_cache=from_cache,
                 seconds=time.perf_counter() - start,
             )
-            if before is not None and before != tower.fingerprint:
+            if before is not None and before != engine.fingerprint:
                 raise FingerprintChangedError(
                     self._spec.id,
-                    f"Expected teacher {self._spec.id!r} to wake with fingerprint {before}, found {tower.fingerprint}: its "
+                    f"Expected teacher {self._spec.id!r} to wake with fingerprint {before}, found {engine.fingerprint}: its "
                     "files changed.",
                 )
             self._metrics = TeacherMetrics(self._spec.id)
@@ -237,10 +239,22 @@ class TeacherActor:
         return self._engine
 
 
+def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, int, bool]:
+    """The teacher, how much of it is in NF4, the bytes of its weights, and whether they came from the quantised cache."""
+    if spec.library in ENVIRONMENTS:
+        from nexus.vendors.engine import load_vendor_engine
+
+        # It gives targets, and nothing of the rest: the pool asks these teachers for nothing else.
+        vendor: Any = load_vendor_engine(spec)
+        return vendor, vendor.coverage, vendor.coverage.stored_bytes, False
+    from nexus.towers.engine import TeacherEngine
+    from nexus.towers.loader import load_tower
+
+    tower = load_tower(spec)
+    weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
+    return TeacherEngine(tower, teacher_id=spec.id), tower.coverage, weight_bytes, tower.from_cache
+
+
 def replica_suffix(replica: int) -> str:
     """What tells the replicas of one teacher apart; nothing for the first."""
     return f"#{replica + 1}" if replica else ""
-
-
-def _vocabulary_size(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])

@@ -145,8 +145,14 @@ class TrainerActor:
         from actors.metrics import TrainerMetrics
         from nexus.errors import StageFailedError, TrainingDivergedError
         from nexus.run import EVENTS_FILE, EventLog
-        from nexus.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-        from nexus.training.setup import build_loop
+        from nexus.training.checkpoint import (
+            list_checkpoints,
+            load_checkpoint,
+            load_trained,
+            save_checkpoint,
+            trained_weights,
+        )
+        from nexus.training.setup import build_loop, training_fingerprint
 
         plan = self._plan
         os.chdir(plan.working_dir)
@@ -165,11 +171,11 @@ class TrainerActor:
             taught=taught,
             inject_spike=plan.inject_spike,
         )
-        fingerprint = plan.config.fingerprint()
+        fingerprint = training_fingerprint(plan.config)
         found = load_checkpoint(folder, fingerprint=fingerprint)
         if found is not None:
             _, weights, state = found
-            loop.objective.load_state_dict(weights)
+            load_trained(loop.objective, weights)
             loop.load_state_dict(state)
         events.truncate_steps(plan.student, loop.step)
         totals = {"rows": 0, "wait": 0.0}
@@ -184,7 +190,7 @@ class TrainerActor:
                 folder,
                 step=loop.step,
                 fingerprint=fingerprint,
-                weights=loop.objective.state_dict(),
+                weights=trained_weights(loop.objective),
                 state=loop.state_dict(),
             )
 
@@ -265,6 +271,8 @@ class TrainerActor:
         }
         if report.excluded:
             numbers["excluded"] = list(report.excluded)
+        if report.aligned:
+            numbers["aligned"] = dict(report.aligned)
         if report.surgery is not None:
             numbers["surgery"] = {
                 "cosines": report.surgery.cosines,
@@ -288,5 +296,9 @@ class TrainerActor:
 
 
 def _exported_parameters(student: NexusStudent) -> int:
-    """Parameters of the student without the maps to its teachers' spaces, which no bundle carries."""
-    return sum(parameter.numel() for name, parameter in student.named_parameters() if ".alignments." not in name)
+    """Parameters of the student without what no bundle carries: maps to its teachers' spaces, updates before they are merged."""
+    return sum(
+        parameter.numel()
+        for name, parameter in student.named_parameters()
+        if ".alignments." not in name and ".lora_" not in name
+    )

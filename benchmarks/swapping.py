@@ -50,14 +50,13 @@ def main() -> None:
 
     teachers = ("first", "second", "third")
     specs = [TeacherSpec(id=name, path=str(TEACHER), revision=None, role="causal_lm") for name in teachers]
-    settings = {"timeout_s": TIMEOUT_S, "max_retries": 1}
-    TeacherPool.start(specs, torch_threads=1, window=2, load_timeout_s=TIMEOUT_S, **settings)
+    TeacherPool.start(specs, torch_threads=1, window=2, timeout_s=TIMEOUT_S, max_retries=1, load_timeout_s=TIMEOUT_S)
     found = []
     for window in arguments.windows:
         seconds = {}
         swaps = 0
         for kind, sleep in (("awake", None), ("by turns", Sleep(1, 2**40))):
-            pool = TeacherPool.attach(teachers, window=2, sleep=sleep, **settings)
+            pool = TeacherPool.attach(teachers, window=2, timeout_s=TIMEOUT_S, max_retries=1, sleep=sleep)
             start = time.perf_counter()
             _ask(pool, teachers, arguments.calls, arguments.rows, window)
             seconds[kind] = time.perf_counter() - start

@@ -248,8 +248,14 @@ def _run(script: str, *arguments: object) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # One heap: under a limited address space the C library would reserve 64 MiB for each thread.
-        env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        # One heap that gives back what is freed: the C library reserves 64 MiB of addresses for each further one.
+        env={
+            **os.environ,
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+        },
     )
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return result

@@ -7,6 +7,7 @@ word that, as soon as transformers' Auto classes exist in the process, the stude
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import wrapt
@@ -15,8 +16,15 @@ __version__ = "0.1.0"
 """A literal, because a working directory uploaded to a Ray cluster carries no package metadata."""
 
 
+def _knows_the_student() -> bool:
+    """Whether this process has a transformers that the student is written for; those of vendors' environments are older."""
+    return int(sys.modules["transformers"].__version__.partition(".")[0]) >= 5
+
+
 def _register_config(configuration_auto: ModuleType) -> None:
     """Makes the student's `model_type` known to AutoConfig, and to whatever finds its class through AutoConfig."""
+    if not _knows_the_student():
+        return
     from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
 
     for kind in (NexusStudentConfig, PretrainedCoreConfig):
@@ -25,6 +33,8 @@ def _register_config(configuration_auto: ModuleType) -> None:
 
 def _register_model(modeling_auto: ModuleType) -> None:
     """Makes AutoModelForCausalLM build the student for its configuration."""
+    if not _knows_the_student():
+        return
     from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
     from nexus.student.core import NexusStudentCore
     from nexus.student.trunk import PretrainedCore

@@ -139,14 +139,6 @@ class DataConfig(ConfigSection):
             raise ValueError(f"keywords of capability {self.capability!r} have no effect without towers; remove them")
         return self
 
-    @model_validator(mode="after")
-    def _noise_needs_audio(self) -> DataConfig:
-        if self.snr_db is not None and "audio" not in self.towers:
-            raise ValueError(
-                f"snr_db of capability {self.capability!r} has no effect without audio among its towers; remove it"
-            )
-        return self
-
 
 class QuarantineConfig(ConfigSection):
     """What happens to rows that cannot be read."""
@@ -158,15 +150,39 @@ class QuarantineConfig(ConfigSection):
 # --- student ------------------------------------------------------------------------------------------------------------------
 
 
+class LoraSection(ConfigSection):
+    """Low-rank updates on every linear map of a pretrained trunk's layers (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+
+
 class StudentConfig(ConfigSection):
     """The student: a preset of configs/student and the tokenizer it speaks."""
 
     preset: str = "quickstart"
     """Name of a file in configs/student, without its ending."""
-    tokenizer: str
-    """Id of the teacher whose tokenizer the student takes over; that teacher's token distributions then need no alignment."""
+    tokenizer: str | None = None
+    """Id of the teacher whose tokenizer the student takes over; that teacher's token distributions then need no alignment. A
+    pretrained trunk brings its own."""
+    trunk: str | None = None
+    """Folder of a causal language model of transformers whose layers take the place of the preset's core; None trains one from
+    scratch. Its weights are frozen: what trains is the updates of `lora`, the ports, and the adapters."""
+    lora: LoraSection = LoraSection()
     max_length: int = Field(256, gt=0)
     """Longest prompt plus completion, in student tokens; longer rows are quarantined."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> StudentConfig:
+        if (self.tokenizer is None) == (self.trunk is None):
+            found = "neither" if self.trunk is None else "both"
+            raise ValueError(
+                f"expected either tokenizer (the id of a teacher) or trunk (a pretrained model with its own), found {found}"
+            )
+        for name in ("rank", "alpha"):
+            _refuse_changed(self.lora, name, f"lora.{name}", "there is no trunk" if self.trunk is None else None)
+        return self
 
 
 # --- stages -------------------------------------------------------------------------------------------------------------------
@@ -272,6 +288,9 @@ class DistillConfig(ConfigSection):
     """What transport auto may lose of a distribution, KL in nats per token. Below the least value bfloat16 rounding would count."""
     response_weight: float = Field(1.0, ge=0)
     """Weight of the cross-entropy on a teacher's own answers, where its vocabulary is not the student's."""
+    cross_tokenizer: Literal["responses", "spans"] = "responses"
+    """What is learned from a teacher whose vocabulary is not the student's: the text of its answers, or also its distributions, over
+    the spans of text that both tokenizers cut out (the others by a distance of sorted probabilities)."""
     gold_weight: float = Field(0.5, ge=0)
     """Weight of the cross-entropy on labelled rows."""
     labelled_batch_size: int = Field(4, gt=0)
@@ -288,6 +307,10 @@ class DistillConfig(ConfigSection):
     checkpoint_every: int = Field(100, gt=0)
     accumulate: int = Field(1, gt=0)
     """Draws of `batch_size` rows that make one optimizer step, one in memory at a time; the step equals that of the larger batch."""
+    gradient_checkpointing: bool = False
+    """Recompute the trunk's activations in the backward pass instead of keeping them: less memory, about a third more time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the student's forward and backward pass; weights, losses and the optimizer stay in float32."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights that is evaluated and exported in place of the last ones; None keeps the last ones."""
     variance: VarianceSection = VarianceSection()
@@ -408,7 +431,7 @@ class RunConfig(ConfigSection):
             doubles = sorted({name for name in names if names.count(name) > 1})
             if doubles:
                 raise ValueError(f"each {what} may stand once, found {doubles[0]!r} twice; rename one")
-        if self.student.tokenizer not in ids:
+        if self.student.tokenizer is not None and self.student.tokenizer not in ids:
             raise ValueError(
                 f"student.tokenizer must be the id of a teacher of this run ({', '.join(ids)}), found "
                 f"{self.student.tokenizer!r}{_nearest(self.student.tokenizer, ids)}"
@@ -476,6 +499,17 @@ class RunConfig(ConfigSection):
             else "no data have labelled rows",
         }.items():
             _refuse_changed(distill, name, f"distill.{name}", reason)
+        for source in self.data:
+            # A teacher of the registry may be an encoder, which its own file tells.
+            reads_text = all(
+                not isinstance(teacher, RegistryTeacher) and teacher.role == "causal_lm"
+                for teacher in self.teachers_of(source.capability)
+            )
+            if source.snr_db is not None and reads_text and "audio" not in source.towers:
+                raise ValueError(
+                    f"snr_db of capability {source.capability!r} has no effect without audio among its towers or an encoder among "
+                    "its teachers; remove it"
+                )
         alone = "there is one teacher" if len(self.teachers) == 1 else None
         for name in ("mode", "penalty", "ramp_steps"):
             unused = "penalty is 0" if distill.variance.penalty == 0 and name != "penalty" else None

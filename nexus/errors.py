@@ -44,10 +44,6 @@ class ProfilingError(NexusError, RuntimeError):
     """Layer profiling cannot give a truthful result, for example because ablations change nothing."""
 
 
-class NotANumberError(ProfilingError):
-    """A model, or an ablation of it, gives NaN for some of the rows."""
-
-
 class TeacherUnavailableError(NexusError, RuntimeError):
     """A teacher actor stayed away after every bounded retry."""
 

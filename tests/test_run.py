@@ -124,3 +124,16 @@ def test_a_resumed_run_drops_the_steps_that_it_trains_again(tmp_path):
     assert [e["step"] for e in events if e.get("student") == "a" and e["kind"] == "step"] == [0, 1]
     assert sum(e.get("student") == "b" for e in events) == 4
     assert sum(e["kind"] == "skip" for e in events) == 1
+
+
+def test_the_tokens_of_each_teacher_are_summed_over_the_steps_of_one_student(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    assert log.taught_tokens("distilled") == {}
+    for step, tokens in enumerate(({"a": 3, "b": 4}, {"a": 5})):
+        log.write({"kind": "step", "student": "distilled", "step": step, "tokens": tokens})
+    log.write({"kind": "step", "student": "labels_only", "step": 0, "tokens": {"a": 100}})
+    log.write({"kind": "skip", "student": "distilled", "step": 2})
+    with path.open("a") as file:
+        file.write('{"kind": "st')
+    assert log.taught_tokens("distilled") == {"a": 8, "b": 4}

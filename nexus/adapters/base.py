@@ -113,6 +113,15 @@ class Features:
     blocks: tuple[Tensor, ...] = ()
     """Output [B, M, W] of each encoder block, for maps to a teacher's inner layers; empty for a wrapped encoder."""
 
+    def at_least_float32(self) -> Features:
+        """The same, as losses need it after a pass in half precision."""
+        return Features(
+            _at_least_float32(self.tokens_BMW),
+            self.mask_BM,
+            _at_least_float32(self.pooled_BW),
+            tuple(_at_least_float32(block) for block in self.blocks),
+        )
+
     def at_depth(self, depth: float) -> Tensor:
         """Tokens [B, M, W] of the block at a relative depth in (0, 1], before the last norm; the final ones for a wrapped encoder."""
         if not self.blocks:
@@ -230,6 +239,10 @@ class Attention(nn.Module):
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], self._num_heads, -1).transpose(1, 2)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def masked_mean(tokens_BMW: Tensor, mask_BM: Tensor) -> Tensor:

@@ -260,6 +260,8 @@ class _TeacherCurve:
 
     teacher: str
     curve: charts.Curve | None
+    aligned: float | None
+    """Mean share of the student's tokens in spans of text that the teacher's tokenizer cuts out too; None where none was compared."""
 
 
 @dataclass(frozen=True)
@@ -466,6 +468,7 @@ def _training(data: ReportData) -> _Training | None:
     marks: list[tuple[int, str, str]] = []
     last_step, seen = 0, set()
     surgeries: list[Mapping[str, object]] = []
+    aligned: dict[str, list[float]] = {}
     for event in data.events:
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
@@ -477,6 +480,9 @@ def _training(data: ReportData) -> _Training | None:
             for teacher, loss in (losses if isinstance(losses, Mapping) else {}).items():
                 if isinstance(loss, (int, float)):
                     points.setdefault(str(teacher), []).append((step, float(loss)))
+            shares = event.get("aligned")
+            for teacher, share in (shares if isinstance(shares, Mapping) else {}).items():
+                aligned.setdefault(str(teacher), []).append(float(share))
             found = event.get("surgery")
             if isinstance(found, Mapping):
                 surgeries.append(found)
@@ -487,7 +493,14 @@ def _training(data: ReportData) -> _Training | None:
     counts = [(kind, words, sum(mark[1] == kind for mark in marks)) for kind, words in MARKED_EVENTS.items()]
     return _Training(
         num_steps=len(seen),
-        curves=tuple(_TeacherCurve(teacher, charts.curve(points[teacher], marks, last_step)) for teacher in points),
+        curves=tuple(
+            _TeacherCurve(
+                teacher,
+                charts.curve(points[teacher], marks, last_step),
+                sum(aligned[teacher]) / len(aligned[teacher]) if teacher in aligned else None,
+            )
+            for teacher in points
+        ),
         counts=tuple(count for count in counts if count[2]),
         conflicts=_conflicts(surgeries),
     )

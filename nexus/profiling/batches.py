@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus.errors import ProfilingError
+
 
 @dataclass(frozen=True, eq=False)
 class ProfileBatch:
@@ -42,6 +44,21 @@ class EncoderProfileBatch:
     def num_rows(self) -> int:
         """Number of samples."""
         return len(next(iter(self.inputs.values())))
+
+
+class BadSamplesError(ProfilingError):
+    """Some samples of a batch cannot be measured; the others can be measured again without them."""
+
+    def __init__(self, what: str, reasons: Mapping[str, str]) -> None:
+        """`what` says what was expected and what to do, `reasons` maps each bad sample's id to what was found."""
+        self.what = what
+        self.reasons = dict(reasons)
+        shown = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in list(self.reasons.items())[:5])
+        more = f" and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""
+        super().__init__(f"{what} Found {len(self.reasons)} bad samples: {shown}{more}.")
+
+    def __reduce__(self) -> tuple[type[BadSamplesError], tuple[str, dict[str, str]]]:
+        return type(self), (self.what, self.reasons)
 
 
 AnyProfileBatch = ProfileBatch | EncoderProfileBatch

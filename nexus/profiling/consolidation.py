@@ -8,7 +8,7 @@ K interventions, B samples of one measurement, S samples of all, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -126,9 +126,28 @@ class ConfirmationMeasurement:
 def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasurement:
     """Return one measurement of all samples, sorted by sample id whatever the order given.
 
+    Measurements of any batches can be merged at once, one after the other, or group by group: samples come out the same, streamed
+    statistics within 1e-10.
+
     Raises:
         ProfilingError: there is none, or they measure different things.
     """
+    return _merged(measurements, Comoment.merge)
+
+
+def fold_measurement(total: BatchMeasurement | None, part: BatchMeasurement) -> BatchMeasurement:
+    """Return what `merge_measurements` returns of both, in the memory of their covariances, which take most of it: neither must be
+    used again.
+
+    Raises:
+        ProfilingError: they measure different things.
+    """
+    return part if total is None else _merged([total, part], Comoment.absorb)
+
+
+def _merged(
+    measurements: Sequence[BatchMeasurement], join: Callable[[Comoment, Comoment], Comoment]
+) -> BatchMeasurement:
     if not measurements:
         raise ProfilingError("Expected at least one measured batch, found none. Give the profiler samples.")
     kinds = {(m.metric, len(m.delta_LB), m.correct_VB is None and m.probe is None, m.path or "") for m in measurements}
@@ -157,15 +176,18 @@ def merge_measurements(measurements: Sequence[BatchMeasurement]) -> BatchMeasure
         moments_L=tuple(
             reduce(ActivationMoments.merge, parts) for parts in zip(*(m.moments_L for m in ordered), strict=True)
         ),
-        comoments_L=tuple(
-            reduce(Comoment.merge, parts) for parts in zip(*(m.comoments_L for m in ordered), strict=True)
-        ),
+        comoments_L=tuple(_joined(parts, join) for parts in zip(*(m.comoments_L for m in ordered), strict=True)),
         updates_L=tuple(reduce(MeanUpdate.merge, parts) for parts in zip(*(m.updates_L for m in ordered), strict=True)),
         probe=_merged_probe([m.probe for m in ordered]),
         side=first.side,
         path=first.path,
-        other_side=merge_measurements(others) if others else None,
+        other_side=_merged(others, join) if others else None,
     )
+
+
+def _joined(parts: Sequence[Comoment], join: Callable[[Comoment, Comoment], Comoment]) -> Comoment:
+    # Once the first two have made a new one, that one can take up the others.
+    return reduce(Comoment.absorb, parts[2:], join(parts[0], parts[1])) if len(parts) > 1 else parts[0]
 
 
 def plan_confirmation(merged: BatchMeasurement, *, seed: int) -> ConfirmationPlan:

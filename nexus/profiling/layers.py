@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nexus.errors import NotANumberError, ProfilingError
+from nexus.errors import ProfilingError
 from nexus.profiling.crossattention import SharedCrossCache
 
 # Where a block's side inputs keep the batch when it is not in front: multi-axis rotary embeddings put their sections before it.
@@ -139,9 +139,9 @@ class BlockStack:
             "these blocks do not process this input. Pass layers= with the path of the blocks that do."
         )
 
-    def not_a_number(self) -> NotANumberError:
+    def not_a_number(self) -> ProfilingError:
         """Return the error for a model, or an ablation, that gives NaN."""
-        return NotANumberError(
+        return ProfilingError(
             f"Expected outputs of the model and of its ablations at '{self.path}' to be numbers, found NaN. Load the model in "
             "a wider compute dtype (float32), or leave out the rows that cause it."
         )

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -26,7 +25,14 @@ from transformers import PreTrainedModel
 from nexus.artifacts import NIWTProfile
 from nexus.errors import ProfilingError
 from nexus.profiling.activation import ActivationMoments, MeanUpdate
-from nexus.profiling.batches import EncoderProfileBatch, ProfileBatch, concatenate_rows, rows_of, split_at
+from nexus.profiling.batches import (
+    BadSamplesError,
+    EncoderProfileBatch,
+    ProfileBatch,
+    concatenate_rows,
+    rows_of,
+    split_at,
+)
 from nexus.profiling.consolidation import (
     BatchMeasurement,
     ConfirmationMeasurement,
@@ -34,6 +40,7 @@ from nexus.profiling.consolidation import (
     Effects,
     Metric,
     consolidate,
+    fold_measurement,
     merge_measurements,
     plan_confirmation,
     write_tensors,
@@ -57,13 +64,13 @@ from nexus.profiling.perturbation import (
     Intervention,
     Observer,
     OutputReader,
+    Reader,
     TokenReader,
     kl_divergence,
     scorable_targets,
     scored_tokens,
     skip_each,
     sweep,
-    sweep_skips,
 )
 from nexus.profiling.probe import ProbeStatistics
 from nexus.profiling.sampling import Reservoir, SamplingPlan, budget_note, is_stable
@@ -182,6 +189,7 @@ class NIWTProfiler:
 
         Raises:
             ValueError: shapes differ, a prompt is padded on the right, or nothing is to be generated.
+            BadSamplesError: prompts that leave no room for the new tokens in the model's context.
             ProfilingError: the model cannot generate or gives NaN, or no ablation changes its output.
         """
         _require_text(input_ids_BT, attention_mask_BT)
@@ -199,6 +207,7 @@ class NIWTProfiler:
                 f"Expected text alone to generate from with {type(self.model).__name__}, found {', '.join(inputs)} beside it. Use "
                 "delta_nll, which takes media."
             )
+        self._require_fitting(attention_mask_BT, [f"row {row}" for row in range(len(input_ids_BT))], max_new_tokens)
         beside = _beside(inputs, len(input_ids_BT))
         stop = stop_tokens(self.model)
         batch_size, prompt_length = input_ids_BT.shape
@@ -257,7 +266,8 @@ class NIWTProfiler:
             raise ProfilingError("Expected loss_mask to mark target tokens, found none after position 0 of any row.")
         rows = has_targets_B.nonzero()[:, 0]
         beside = {name: tensor[rows] for name, tensor in _beside(inputs, len(input_ids_BT)).items()}
-        scores = self._score(input_ids_BT[rows], attention_mask_BT[rows], targets_BT[rows], beside)
+        names = [f"row {row}" for row in rows.tolist()]
+        scores = self._score(names, input_ids_BT[rows], attention_mask_BT[rows], targets_BT[rows], beside)
         return (scores.delta_LB.sum(dim=1) / scores.counts_B.sum()).float().to(input_ids_BT.device)
 
     def delta_nll_per_sample(
@@ -278,12 +288,13 @@ class NIWTProfiler:
 
         Raises:
             ValueError: shapes differ.
-            ProfilingError: a row has no scored token, the model has no language-model head or gives NaN, or no ablation changes
-                its output.
+            BadSamplesError: rows without a scored token, longer than the model's context, or that give NaN where others do not.
+            ProfilingError: the model has no language-model head or gives NaN, or no ablation changes its output.
         """
         targets_BT = self._targets(input_ids_BT, attention_mask_BT, loss_mask_BT)
-        _require_scored(targets_BT, [f"row {row}" for row in range(len(input_ids_BT))])
-        scores = self._score(input_ids_BT, attention_mask_BT, targets_BT, _beside(inputs, len(input_ids_BT)))
+        names = [f"row {row}" for row in range(len(input_ids_BT))]
+        _require_scored(targets_BT, names)
+        scores = self._score(names, input_ids_BT, attention_mask_BT, targets_BT, _beside(inputs, len(input_ids_BT)))
         return (scores.delta_LB / scores.counts_B).float().to(input_ids_BT.device)
 
     def measure(self, batch: ProfileBatch | EncoderProfileBatch) -> BatchMeasurement:
@@ -394,26 +405,26 @@ class NIWTProfiler:
             ProfilingError: as `measure`; or there is no batch.
         """
         start = time.monotonic()
-        merged: list[BatchMeasurement] = []
+        merged: BatchMeasurement | None = None
         kept: Reservoir[ProfileBatch | EncoderProfileBatch] = Reservoir(confirm_samples)
         looks = () if sampling is None else sampling.look_counts
         num_samples, stopped_early, note = 0, False, None
         for batch in _cut_at(batches, looks):
             budget = None if sampling is None else sampling.budget_seconds
-            if merged and budget is not None and time.monotonic() - start >= budget:
+            if merged is not None and budget is not None and time.monotonic() - start >= budget:
                 note = budget_note(num_samples, budget)
                 break
             # Folded at once: one covariance per layer is kept, not one per batch.
-            merged = [merge_measurements([*merged, self.measure(batch)])]
+            merged = fold_measurement(merged, self.measure(batch))
             num_samples += batch.num_rows
             if confirm_samples:
                 rows = [rows_of(batch, slice(row, row + 1)) for row in range(batch.num_rows)]
                 kept.offer([str(sample_id) for sample_id in batch.sample_ids], rows)
             if sampling is not None and num_samples in looks:
-                stopped_early = num_samples < sampling.max_samples and is_stable(merged[0], seed=seed)
+                stopped_early = num_samples < sampling.max_samples and is_stable(merged, seed=seed)
                 if stopped_early or num_samples == sampling.max_samples:
                     break
-        whole = merge_measurements(merged)
+        whole = merge_measurements([] if merged is None else [merged])
         plan = plan_confirmation(whole, seed=seed)
         confirmations = [self.confirm(batch, plan) for batch in concatenate_rows(list(kept.rows()))]
         if tensors_path is not None and plan.critical_layers:
@@ -441,10 +452,11 @@ class NIWTProfiler:
         interventions: InterventionsOf | None = None,
     ) -> _Scores:
         if isinstance(batch, EncoderProfileBatch):
-            return self._score_encoder(batch, statistics, interventions)
+            return self._score_encoder(batch, sample_ids, statistics, interventions)
         targets_BT = self._targets(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
         _require_scored(targets_BT, sample_ids)
         return self._score(
+            sample_ids,
             batch.input_ids_BT,
             batch.attention_mask_BT,
             targets_BT,
@@ -460,6 +472,7 @@ class NIWTProfiler:
 
     def _score(
         self,
+        names_B: Sequence[str],
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor,
         targets_BT: Tensor,
@@ -470,6 +483,7 @@ class NIWTProfiler:
         with_kl: bool = False,
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
+        self._require_fitting(attention_mask_BT, names_B)
         swept = skip_each(self.stack) if interventions is None else interventions(slice(0, 0), None)
         born_L = [sum(each.layer == layer for each in swept) for layer in range(len(self.stack))]
         num_scored = int(targets_BT.sum(dim=1).max())
@@ -501,10 +515,8 @@ class NIWTProfiler:
 
             def swept(strategy: SweepStrategy) -> Tensor:
                 read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
-                if interventions is not None:
-                    return sweep(self.stack, read, strategy, interventions(rows, seen_BT))
-                with _observed(statistics) as observe:
-                    return sweep_skips(self.stack, read, strategy, _of_real_tokens(seen_BT, observe))
+                made = None if interventions is None else interventions(rows, seen_BT)
+                return self._swept(read, strategy, made, statistics, seen_BT, scored.rows_N, names_B[rows])
 
             readings_VNC = (
                 self._stacked_or("scoring", lambda: swept("triangular"), lambda: swept("prefix"), "strategy prefix")
@@ -517,7 +529,7 @@ class NIWTProfiler:
 
         with undisturbed(self.model):
             parts = self._in_micro_batches(
-                sizes[chosen], [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run
+                sizes[chosen], [input_ids_BT, attention_mask_BT, targets_BT, *beside.values()], run, statistics
             )
         nll_VB, hits_VB, *kl = torch.cat(parts, dim=1).unbind(dim=-1)
         counts_B = targets_BT.sum(dim=1).cpu()
@@ -535,6 +547,7 @@ class NIWTProfiler:
     def _score_encoder(
         self,
         batch: EncoderProfileBatch,
+        names_B: Sequence[str],
         statistics: _LayerStatistics | None,
         interventions: InterventionsOf | None,
     ) -> _Scores:
@@ -547,20 +560,73 @@ class NIWTProfiler:
             inputs = dict(zip(batch.inputs, part, strict=True))
             read = OutputReader(model, inputs)
             mask_BT = inputs.get("attention_mask")
-            if interventions is None:
-                with _observed(statistics) as observe:
-                    readings_VBC = sweep_skips(self.stack, read, strategy, _of_real_tokens(mask_BT, observe))
-            else:
-                readings_VBC = sweep(self.stack, read, strategy, interventions(rows, mask_BT))
+            made = None if interventions is None else interventions(rows, mask_BT)
+            row_B = torch.arange(rows.stop - rows.start)
+            readings_VBC = self._swept(read, strategy, made, statistics, mask_BT, row_B, names_B[rows])
             return readings_VBC.cpu(), read.num_classes
 
         with undisturbed(self.model):
-            parts = self._in_micro_batches(size, list(batch.inputs.values()), run)
+            parts = self._in_micro_batches(size, list(batch.inputs.values()), run, statistics)
         readings_VBC, num_classes = torch.cat([readings for readings, _ in parts], dim=1), parts[0][1]
         embeddings_VBE = readings_VBC[..., num_classes:] if readings_VBC.shape[-1] > num_classes else None
         if num_classes:
             return _label_scores(strategy, readings_VBC[..., :num_classes], batch.labels_B, embeddings_VBE)
         return _embedding_scores(strategy, readings_VBC)
+
+    def _swept(
+        self,
+        read: Reader,
+        strategy: SweepStrategy,
+        interventions: Sequence[Intervention] | None,
+        statistics: _LayerStatistics | None,
+        mask_BT: Tensor | None,
+        rows_N: Tensor,
+        names_B: Sequence[str],
+    ) -> Tensor:
+        """Return the readings [V, N, C] of one micro-batch, all of them numbers; without interventions each block is skipped.
+
+        Args:
+            rows_N: which row each reading is of.
+
+        Raises:
+            BadSamplesError: some rows, or the only one, give NaN.
+            ProfilingError: all rows do, or no ablation changes anything.
+        """
+        observe = None if statistics is None or interventions is not None else statistics.observe
+        chosen = skip_each(self.stack) if interventions is None else interventions
+        readings_VNC = sweep(self.stack, read, strategy, chosen, _of_real_tokens(mask_BT, observe))
+        is_bad_N = readings_VNC.isnan().any(dim=0).any(dim=-1).cpu()
+        bad = sorted(set(rows_N.cpu()[is_bad_N].tolist()))
+        if len(bad) == len(names_B) > 1:
+            raise self.stack.not_a_number()
+        if bad:
+            raise BadSamplesError(
+                f"Expected outputs of the model and of its ablations at '{self.stack.path}' to be numbers; leave the rows out, or "
+                "load the model in a wider compute dtype (float32).",
+                {names_B[row]: "NaN" for row in bad},
+            )
+        if interventions is None:
+            self.stack.require_effect(readings_VNC)
+        return readings_VNC
+
+    def _require_fitting(self, attention_mask_BT: Tensor, names_B: Sequence[str], num_new: int = 0) -> None:
+        """Raise BadSamplesError for rows that are longer than the model's context, with so many tokens still to come."""
+        config = self.model.config
+        limit = getattr(config, "max_target_positions", None) if config.is_encoder_decoder else None
+        limit = limit or getattr(config.get_text_config(), "max_position_embeddings", None)
+        lengths = attention_mask_BT.bool().sum(dim=1).tolist()
+        long = {
+            name: f"{length} tokens"
+            for name, length in zip(names_B, lengths, strict=True)
+            if limit is not None and length + num_new > limit
+        }
+        if long:
+            raise BadSamplesError(
+                f"Expected rows that fit the context of {type(self.model).__name__}, {limit} tokens"
+                + (f" with the {num_new} to be generated" if num_new else "")
+                + "; shorten or drop them.",
+                long,
+            )
 
     @property
     def _ablates_encoder(self) -> bool:
@@ -582,8 +648,12 @@ class NIWTProfiler:
     def _stacked_or(
         self, what: Literal["scoring", "decoding"], stacked: Callable[[], Part], apart: Callable[[], Part], other: str
     ) -> Part:
-        """Return what `stacked` gives, or under "auto" what `apart` gives, as slow as exact, of a model that does not take stacked
-        rows; a model that is broken fails again there."""
+        """Return what `stacked` gives; of a model that does not take stacked rows, under "auto", what `apart` gives. A model that is
+        broken fails again there.
+
+        Raises:
+            _StartOver: this is the first that is known of it.
+        """
         if self._stacks[what]:
             try:
                 return stacked()
@@ -596,6 +666,7 @@ class NIWTProfiler:
             logger.warning(
                 "Ablations of %s cannot be stacked (%s); going on with %s.", type(self.model).__name__, failure, other
             )
+            raise _StartOver
         return apart()
 
     def _sweep_strategies(self, *, is_text: bool, has_media: bool = False) -> tuple[SweepStrategy, ...]:
@@ -664,13 +735,18 @@ class NIWTProfiler:
         return max(1, size)
 
     def _in_micro_batches(
-        self, size: int, tensors: Sequence[Tensor], run: Callable[[slice, list[Tensor]], Part]
+        self,
+        size: int,
+        tensors: Sequence[Tensor],
+        run: Callable[[slice, list[Tensor]], Part],
+        statistics: _LayerStatistics | None = None,
     ) -> list[Part]:
         """Return what `run` gives for `size` rows at a time of tensors that share their first axis.
 
         `run` is given the range of the rows and the rows themselves, on the model's device.
 
-        Running out of memory halves the size, for this and for all later calls, and runs the same rows again.
+        Running out of memory halves the size, for this and for all later calls, and begins again with the first row, as `_StartOver`
+        does: what a failed run added to `statistics` cannot be taken out.
 
         Raises:
             ProfilingError: a single sample is too much.
@@ -687,11 +763,18 @@ class NIWTProfiler:
             try:
                 results.append(run(slice(start, start + num_rows), part))
                 start += num_rows
+                continue
+            except _StartOver:
+                pass
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 # Only the text is kept: the error's traceback would keep the tensors.
                 failure = f"{type(error).__name__} {error}".splitlines()[0]
+            start = 0
+            results.clear()
+            if statistics is not None:
+                statistics.forget()
             if failure is not None:
                 del part
                 if num_rows == 1:
@@ -722,6 +805,10 @@ class _Scores:
     cosine_drop_LB: Tensor | None = None
     embeddings_VBE: Tensor | None = None
     """An encoder's pooled embeddings."""
+
+
+class _StartOver(Exception):  # noqa: N818 - says what to do, not what went wrong
+    """The rows of a call have to be run again from the first one."""
 
 
 def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Tensor]:
@@ -786,7 +873,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 class _LayerStatistics:
-    """Accumulates the activation statistics of every layer over micro-batches."""
+    """Accumulates the activation statistics of every layer over micro-batches, each state where it arises: one covariance per layer
+    is kept, and a second one only of the layer that is being looked at."""
 
     def __init__(self) -> None:
         self.moments: list[ActivationMoments] = []
@@ -794,30 +882,22 @@ class _LayerStatistics:
         self.updates: list[MeanUpdate] = []
 
     def observe(self, index: int, inputs_ND: Tensor, outputs_ND: Tensor) -> None:
-        # One sweep, in which blocks are called in order.
-        assert index == len(self.moments)
-        self.moments.append(ActivationMoments.of(outputs_ND))
-        self.comoments.append(Comoment.of(outputs_ND))
-        self.updates.append(MeanUpdate.of(outputs_ND - inputs_ND))
-
-    def merge(self, part: _LayerStatistics) -> None:
-        if not self.moments:
-            self.moments, self.comoments, self.updates = part.moments, part.comoments, part.updates
+        moments, comoment = ActivationMoments.of(outputs_ND), Comoment.of(outputs_ND)
+        update = MeanUpdate.of(outputs_ND - inputs_ND)
+        if index == len(self.moments):
+            self.moments.append(moments)
+            self.comoments.append(comoment)
+            self.updates.append(update)
         else:
-            self.moments = [a.merge(b) for a, b in zip(self.moments, part.moments, strict=True)]
-            self.comoments = [a.merge(b) for a, b in zip(self.comoments, part.comoments, strict=True)]
-            self.updates = [a.merge(b) for a, b in zip(self.updates, part.updates, strict=True)]
+            self.moments[index] = self.moments[index].merge(moments)
+            self.comoments[index] = self.comoments[index].absorb(comoment)
+            self.updates[index] = self.updates[index].merge(update)
 
-
-@contextmanager
-def _observed(statistics: _LayerStatistics | None) -> Iterator[StatesObserver | None]:
-    """Yield an observer whose findings are added when the body ends, and dropped when it fails: its rows are run again."""
-    if statistics is None:
-        yield None
-        return
-    part = _LayerStatistics()
-    yield part.observe
-    statistics.merge(part)
+    def forget(self) -> None:
+        """Begin again."""
+        self.moments.clear()
+        self.comoments.clear()
+        self.updates.clear()
 
 
 def _sums_per_sample(readings_VNC: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
@@ -885,7 +965,7 @@ def _require_scored(targets_BT: Tensor, names_B: Sequence[str]) -> None:
         str(name) for name, is_scored in zip(names_B, targets_BT.any(dim=1).tolist(), strict=True) if not is_scored
     ]
     if missing:
-        raise ProfilingError(
-            f"Expected every sample to have a scored token after its first, found none in: {', '.join(missing)}. Give them an "
-            "answer or leave them out."
+        raise BadSamplesError(
+            "Expected every sample to have a scored token after its first; give them an answer or leave them out.",
+            dict.fromkeys(missing, "no scored token"),
         )

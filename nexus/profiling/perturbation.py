@@ -61,17 +61,6 @@ def skip_each(stack: BlockStack) -> list[Intervention]:
     return [Intervention(layer, skip) for layer in range(len(stack))]
 
 
-def sweep_skips(stack: BlockStack, read: Reader, strategy: SweepStrategy, observe: Observer | None = None) -> Tensor:
-    """Return the readings [L+1, ...] of the clean model (row 0) and with block i the identity (row i+1).
-
-    Raises:
-        ProfilingError: as `sweep`; or no ablation changes anything.
-    """
-    readings_V = sweep(stack, read, strategy, skip_each(stack), observe)
-    stack.require_effect(readings_V)
-    return readings_V
-
-
 def sweep(
     stack: BlockStack,
     read: Reader,

@@ -17,6 +17,7 @@ from nexus.adapters.vision import VisionAdapterConfig
 from nexus.errors import ConfigError
 from nexus.student.config import NexusStudentConfig, PretrainedCoreConfig
 from nexus.student.router import SparseIntentRouterConfig
+from nexus.student.trunk import pretrained_core_config
 
 _ADAPTER_CONFIGS: dict[str, type[AdapterConfig]] = {
     "reasoning": ReasoningAdapterConfig,
@@ -106,11 +107,12 @@ class StudentSpec:
         return cls(core=core, router=router, **adapters)
 
 
-def load_student_spec(path: Path, *, trunk: PretrainedCoreConfig | None = None) -> StudentSpec:
+def load_student_spec(path: Path, *, trunk: Path | None = None) -> StudentSpec:
     """Read a student's YAML, such as those in configs/student. Raises ConfigError.
 
     Args:
-        trunk: takes the place of the YAML's core; the widths of adapters and router that were left out follow it.
+        trunk: folder of a pretrained language model that takes the place of the YAML's core, all but its `port_every`; the widths
+            of adapters and router that were left out follow it.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -118,4 +120,7 @@ def load_student_spec(path: Path, *, trunk: PretrainedCoreConfig | None = None) 
         raise ConfigError(f"Expected a student's description in YAML at {path}, found: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"Expected a mapping at the top of {path}, found {type(values).__name__}.")
-    return StudentSpec.from_dict(values if trunk is None else {**values, "core": trunk.to_dict()})
+    if trunk is not None:
+        port_every = values.get("core", {}).get("port_every", NexusStudentConfig.port_every)
+        values = {**values, "core": pretrained_core_config(trunk, port_every=port_every).to_diff_dict()}
+    return StudentSpec.from_dict(values)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
 
-from nexus.config import RunConfig
+from nexus.config import RunConfig, resolve_path
 from nexus.errors import ConfigError
 from nexus.towers.registry import nearest, shipped_config
 
@@ -27,5 +28,19 @@ def student_preset(config: RunConfig) -> Path:
 
 
 def student_positions(config: RunConfig) -> int:
-    """Tokens that the student has positions for: prompt and answer together."""
+    """Tokens that the student has positions for: prompt and answer together.
+
+    Raises:
+        ConfigError: no such preset, or a trunk without a readable config.json.
+    """
+    if config.student.trunk is not None:
+        path = resolve_path(config.student.trunk) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return int(values.get("text_config", values)["max_position_embeddings"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"Expected a causal language model's config.json with max_position_embeddings at student.trunk, found {path}: "
+                f"{' '.join(str(error).split())}. Correct the folder."
+            ) from None
     return int(yaml.safe_load(student_preset(config).read_text(encoding="utf-8"))["core"]["max_position_embeddings"])

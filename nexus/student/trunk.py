@@ -79,11 +79,11 @@ class PretrainedCore(NexusStudentCore):
         return embeddings
 
     @property
-    def layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
         """The decoder's layers."""
         from nexus.profiling.layers import find_blocks
 
-        return find_blocks(self.trunk).blocks
+        return nn.ModuleList(find_blocks(self.trunk).blocks)
 
     def forward(
         self,
@@ -215,7 +215,9 @@ def trunk_config(config: PretrainedCoreConfig) -> Any:
     from transformers import AutoConfig
 
     values = dict(config.trunk)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoConfig.for_model(values.pop("model_type"), **values)
+    model.get_text_config(decoder=True).vocab_size = config.vocab_size
+    return model
 
 
 def pretrained_core_config(folder: Path, *, port_every: int) -> PretrainedCoreConfig:
@@ -268,7 +270,6 @@ def load_pretrained(core: PretrainedCore, folder: Path) -> None:
     _check_head(trunk, folder)
     if core.config.vocab_size != trunk.get_output_embeddings().weight.shape[0]:
         trunk.resize_token_embeddings(core.config.vocab_size)
-        core.config.trunk = {**trunk.config.to_diff_dict(), "model_type": trunk.config.model_type}
     core.trunk = trunk.requires_grad_(False)
     core._hook_ports()
 

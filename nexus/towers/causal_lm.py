@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexus.towers.blocks import Passes, one_by_one, recorded_blocks
+from nexus.towers.media_lm import MediaPrompt, same_noise
 from nexus.towers.rows import RowsError, micro_batches
 from nexus.towers.targets import ScoreRequest, TeacherHead, TokenDistributions
 from nexus.towers.transports import keep_columns, to_targets
@@ -40,6 +41,8 @@ class TokenisedRow:
     prompt_ids: list[int]
     completion_ids: list[int]
     """The tokens that are scored, the end-of-sequence token last."""
+    media: MediaPrompt | None = None
+    """What stands in the prompt beside text; such a row is a batch of its own."""
 
 
 def tokenise_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -79,6 +82,17 @@ def tokenise_rows(
     return rows
 
 
+def tokenise_media_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[MediaPrompt], completions: Sequence[str]
+) -> list[TokenisedRow]:
+    """As `tokenise_rows`, behind prompts with media."""
+    encoded = _encode(tokenizer, completions, special=False)
+    return [
+        TokenisedRow(prompt.prompt_ids, [*ids, tokenizer.eos_token_id], prompt)
+        for prompt, ids in zip(prompts, encoded, strict=True)
+    ]
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
@@ -100,9 +114,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special
 
 
 def score_completions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: ScoreRequest, *, passes: Passes = one_by_one
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: ScoreRequest,
+    media: Sequence[MediaPrompt] | None = None,
+    *,
+    passes: Passes = one_by_one,
 ) -> tuple[TokenDistributions, dict[int, np.ndarray]]:
     """Distributions and hidden states at every completion token, rows in the request's order.
+
+    `media` are the prompts of rows with media, made of the request's own by `nexus.towers.media_lm`.
 
     The softmax runs in float32 on logits / temperature. `hidden` holds the output of each requested block at the position *before*
     the scored token, float16 [N, H].
@@ -111,7 +132,10 @@ def score_completions(
         RowsError: rows that are too long or whose results are not finite.
     """
     assert request.completions is not None
-    rows = tokenise_rows(tokenizer, request.prompts, request.completions)
+    if media is None:
+        rows = tokenise_rows(tokenizer, request.prompts, request.completions)
+    else:
+        rows = tokenise_media_rows(tokenizer, media, request.completions)
     _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
     parts: list[dict[str, np.ndarray]] = [{}] * len(rows)
     hidden: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(rows) for layer in request.layers}
@@ -119,7 +143,8 @@ def score_completions(
     bad: dict[str, str] = {}
 
     def score(chosen: list[int]) -> _Parts:
-        batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, read=read)
+        with nullcontext() if media is None else same_noise(request.row_ids[chosen[0]], model.device):
+            batch = _forward(model, tokenizer, [rows[i] for i in chosen], request.layers, read=read)
         counts = [len(rows[i].completion_ids) for i in chosen]
         columns, finite_N = keep_columns(
             batch.logits_NV, batch.states_NH, request, [request.row_ids[i] for i in chosen], counts
@@ -312,14 +337,7 @@ def generate_greedily(
     _refuse_unfit(model, prompt_names(len(prompts)), [len(ids) + max_new_tokens if ids else 0 for ids in prompt_ids])
     ends = end_token_ids(model, tokenizer)
     pad = _pad_id(tokenizer)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=list(ends),
-        pad_token_id=pad,
-        use_cache=True,
-    )
+    greedy = _greedy(max_new_tokens, ends, pad)
     completions = [""] * len(prompts)
     rows_cap = batch_size or MAX_GENERATION_ROWS
     lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
@@ -335,9 +353,56 @@ def generate_greedily(
                 generation_config=greedy,
             )
         for row, new_ids in zip(chosen, output_BT[:, longest:].tolist(), strict=True):
-            end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
-            completions[row] = str(tokenizer.decode(new_ids[:end], skip_special_tokens=True))
+            completions[row] = _decoded(tokenizer, new_ids, ends)
     return tuple(completions)
+
+
+def answer_media_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row_ids: Sequence[str],
+    prompts: Sequence[MediaPrompt],
+    *,
+    max_new_tokens: int,
+) -> tuple[str, ...]:
+    """Greedy completions behind prompts with media, one row at a time.
+
+    Raises:
+        RowsError: rows whose prompt does not fit the model with an answer behind it.
+    """
+    _refuse_unfit(model, row_ids, [len(prompt.prompt_ids) + max_new_tokens for prompt in prompts])
+    ends = end_token_ids(model, tokenizer)
+    answers = []
+    for row_id, prompt in zip(row_ids, prompts, strict=True):
+        length = len(prompt.prompt_ids)
+        input_ids_1P = torch.tensor([prompt.prompt_ids], device=model.device)
+        with torch.inference_mode(), _without_sampling_defaults(model), same_noise(row_id, model.device):
+            generate: Any = model.generate
+            output_1T = generate(
+                input_ids=input_ids_1P,
+                attention_mask=torch.ones_like(input_ids_1P),
+                generation_config=_greedy(max_new_tokens, ends, _pad_id(tokenizer)),
+                **prompt.inputs_for(length, model.device, model.dtype),
+            )
+        answers.append(_decoded(tokenizer, output_1T[0, length:].tolist(), ends))
+    return tuple(answers)
+
+
+def _greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, new_ids: Sequence[int], ends: Sequence[int]) -> str:
+    """Text up to the first end token."""
+    end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
+    return str(tokenizer.decode(list(new_ids[:end]), skip_special_tokens=True))
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -369,10 +434,13 @@ class _Parts:
 
 
 def _micro_batches(model: PreTrainedModel, rows: Sequence[TokenisedRow]) -> Iterator[list[int]]:
+    if any(row.media for row in rows):
+        yield from ([row] for row in range(len(rows)))
+        return
     longest = max((len(row.completion_ids) for row in rows), default=0)
     lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
     max_rows = max(1, MAX_LOGIT_ELEMENTS // (max(1, longest) * vocabulary_size(model)))
-    return micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS)
+    yield from micro_batches(lengths, max_rows=max_rows, max_positions=MAX_POSITIONS)
 
 
 def _forward(
@@ -409,8 +477,13 @@ def _forward(
         "position_ids": position_ids_BT.to(device),
         "use_cache": False,
     }
+    media = rows[0].media
+    if media is not None:
+        # Positions of pictures and clips are in three dimensions: the model's own work, and without padding it needs no help.
+        del inputs["position_ids"]
+        inputs |= media.inputs_for(width, device, model.dtype)
     with torch.inference_mode(), recorded_blocks(model, layers) as recorded, _head_input(model) as seen:
-        if read == "states":
+        if read == "states" and media is None:
             # The head over the vocabulary is the receiver's work then.
             seen.append(model.get_decoder()(**inputs).last_hidden_state)
             logits_NV = None

@@ -8,43 +8,34 @@ lacks a package, its files or access says what it `needs`; anything else is `fai
 from __future__ import annotations
 
 import gc
-import io
+import json
+import os
+import subprocess  # nosec B404 # the interpreter of an environment that the user made
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import soundfile
-from PIL import Image
-
 from nexus.config import Role
-from nexus.data.media import read_media
-from nexus.data.records import Media, Record
-from nexus.errors import NexusError
+from nexus.errors import NexusError, TowerLoadError
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower, load_tower
+from nexus.towers.probes import probe_media, probe_request
 from nexus.towers.registry import (
     TeacherEntry,
     TeacherRegistry,
     resolve_entry,
     spec_of_entry,
 )
-from nexus.towers.targets import ScoreRequest, TeacherTargets
+from nexus.towers.targets import TeacherTargets
 from nexus.towers.tiny import BASE, has_tiny, write_tiny
+from nexus.vendors.environments import ENVIRONMENTS, interpreter_of, process_environment, what_to_type
 
-REMEDIES = {
-    "diffusers": "diffusers; type: pip install 'nexus-distill[diffusion]'",
-    "qwen-tts": "qwen-tts, which pins transformers 4.57.3, in an environment of its own; type: python -m venv qwen-tts && "
-    "qwen-tts/bin/pip install qwen-tts",
-    "parler-tts": "parler-tts, which pins transformers 4.46.1, in an environment of its own; type: python -m venv parler-tts && "
-    "parler-tts/bin/pip install parler-tts",
-}
-"""Package that is not there -> what it takes and what to type."""
-MODULES = {"diffusers": "diffusers", "qwen-tts": "qwen_tts", "parler-tts": "parler_tts"}
+DIFFUSERS = "diffusers; type: pip install 'nexus-distill[diffusion]'"
+"""What a diffusion teacher needs where the extra is not installed."""
 
 Status = Literal["ok", "needs", "failed"]
 
@@ -92,11 +83,18 @@ def check_teachers(
         TowerLoadError: an unknown id, before anything is tried.
     """
     entries = [registry.get(teacher) for teacher in teachers] or list(registry.teachers)
+    tried: dict[str, CheckRow] = {}
     for entry in entries:
         start = time.perf_counter()
         missing = what_it_needs(entry, tiny=tiny)
         if missing is not None:
             yield _row(entry, "needs", missing, start)
+            continue
+        if entry.library in ENVIRONMENTS:
+            if entry.id not in tried:
+                siblings = [other for other in entries if other.library == entry.library]
+                tried |= _rows_of_environment(siblings, tiny=tiny, models_dir=models_dir)
+            yield tried[entry.id]
             continue
         try:
             with tempfile.TemporaryDirectory(prefix="nexus-check-") as scratch:
@@ -125,9 +123,10 @@ def check_teachers(
 
 def what_it_needs(entry: TeacherEntry, *, tiny: bool) -> str | None:
     """What keeps a teacher from being tried on this machine, and what to type; None when nothing does."""
-    module = MODULES.get(entry.library)
-    if module is not None and find_spec(module) is None:
-        return REMEDIES[entry.library]
+    if entry.library == "diffusers" and find_spec("diffusers") is None:
+        return DIFFUSERS
+    if entry.library in ENVIRONMENTS:
+        return what_to_type(entry.library) if interpreter_of(entry.library) is None else None
     if (entry.model_class is None and entry.role != "sae") or entry.remote_code.needed:
         return "; ".join(entry.needs)
     if tiny and not has_tiny(entry.id):
@@ -137,71 +136,56 @@ def what_it_needs(entry: TeacherEntry, *, tiny: bool) -> str | None:
     return None
 
 
+def _rows_of_environment(
+    entries: Sequence[TeacherEntry], *, tiny: bool, models_dir: Path | None
+) -> dict[str, CheckRow]:
+    """Try teachers of one vendor's package, all in one process of its environment."""
+    start = time.perf_counter()
+    rows: dict[str, CheckRow] = {}
+    asked: list[tuple[str, str | None]] = []
+    for entry in entries:
+        try:
+            asked.append((entry.id, None if tiny else resolve_entry(entry, models_dir=models_dir).path))
+        except TowerLoadError as error:
+            rows[entry.id] = _row(entry, "needs" if "found neither" in str(error) else "failed", str(error), start)
+    if not asked:
+        return rows
+    python = interpreter_of(entries[0].library)
+    assert python is not None, "only teachers whose environment is there are tried"
+    done = subprocess.run(
+        [str(python), "-m", "nexus.vendors.check", json.dumps(asked)],
+        capture_output=True, text=True, check=False, env={**os.environ, **process_environment()},
+    )  # fmt: skip
+    documents = {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
+    for entry in entries:
+        if entry.id in documents:
+            document = documents[entry.id]
+            given = {"targets": tuple(document.pop("targets", ()))}
+            rows[entry.id] = replace(_row(entry, "failed", None, start), **document, **given)
+        elif entry.id not in rows:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            remedy = f"Make the environment again: make teacher-env NAME={entry.library}"
+            reason = f"Expected {python} to try it, found: {last[:300]}. {remedy}"
+            rows[entry.id] = _row(entry, "failed", reason, start)
+    return rows
+
+
 def exercise(engine: TeacherEngine) -> tuple[str, ...]:
     """Run the teacher's role on two rows; returns the kinds of target that it gave.
 
     Raises:
         NexusError: whatever the engine raises for them.
     """
-    layers = tuple(sorted({0, engine.num_layers - 1})) if engine.num_layers else ()
-    kinds = []
+    layers = tuple(sorted({0, engine.num_layers - 1})) if engine.num_layers and engine.role != "sae" else ()
+    request = probe_request(engine.tower, layers)
+    kinds = _kinds(engine.score(request))
     if engine.role == "causal_lm":
-        rows = (("Say hello.", "Hello."), ("What is 2 + 2?", "4"))
-        prompts, completions = zip(*rows, strict=True)
-        kinds += _kinds(engine.score(ScoreRequest(("a", "b"), prompts, completions, None, 1.0, 8, layers)))
-        engine.generate(prompts, max_new_tokens=4)
+        engine.generate(request.prompts, max_new_tokens=4)
         kinds.append("text")
-    elif engine.role == "sae":
-        kinds += _kinds(
-            engine.score(ScoreRequest(("a", "b"), ("Say hello.", "Add."), ("Hello.", "4"), None, 1.0, 8, ()))
-        )
-    elif engine.role == "diffusion":
-        prompts = ("a red square", "two dogs")
-        pictures = (_picture(0), _picture(1))
-        kinds += _kinds(engine.score(ScoreRequest(("a", "b"), prompts, None, pictures, 1.0, 8, layers)))
-    else:
-        media = tuple(read_media(record.media) for record in probe_rows(engine) if record.media is not None)
-        kinds += _kinds(engine.score(ScoreRequest(("a", "b"), ("", ""), None, media, 1.0, 8, layers)))
+        if engine.tower.processor is not None:
+            engine.score(replace(request, media=probe_media(engine.tower)))
+            kinds.append("media")
     return tuple(kinds)
-
-
-def probe_rows(engine: TeacherEngine) -> tuple[Record, Record]:
-    """Two rows of noise and tones in the medium that the teacher takes."""
-    rate = getattr(engine.tower.processor, "sampling_rate", None)
-    kind: Literal["image", "audio", "video"] = "image"
-    if rate is not None:
-        kind, data = "audio", [_tone(seed, rate) for seed in (0, 1)]
-    elif hasattr(engine.tower.model.config, "num_frames"):
-        kind, data = "video", [_clip(seed) for seed in (0, 1)]
-    else:
-        data = [_picture(seed) for seed in (0, 1)]
-    first, second = (
-        Record(id=str(index), capability="check", prompt="", media=Media(kind, part)) for index, part in enumerate(data)
-    )
-    return first, second
-
-
-def _picture(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _clip(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    first, *others = (Image.fromarray(frame) for frame in pixels)
-    first.save(buffer, "GIF", save_all=True, append_images=others)
-    return buffer.getvalue()
-
-
-def _tone(seed: int, rate: int) -> bytes:
-    """Half a second."""
-    buffer = io.BytesIO()
-    time_T = np.arange(rate // 2) / rate
-    soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * (200 + 150 * seed) * time_T), rate, format="WAV")
-    return buffer.getvalue()
 
 
 def _kinds(targets: TeacherTargets) -> list[str]:

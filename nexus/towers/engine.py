@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from nexus.config import Role
 from nexus.data.answers import AnswerPattern, gold_answer
 from nexus.data.media import read_media
 from nexus.data.records import Record
-from nexus.errors import ConfigError, NotANumberError
+from nexus.errors import ConfigError
+from nexus.profiling.batches import BadSamplesError
 from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
@@ -29,10 +30,13 @@ from nexus.towers import causal_lm, codec_lm, encoder
 from nexus.towers.blocks import block_width
 from nexus.towers.codec import CODECS, score_codec
 from nexus.towers.diffusion import denoise
-from nexus.towers.health import check_targets
+from nexus.towers.health import NotFiniteError, check_targets
 from nexus.towers.loader import LoadedTower, load_tower, tokenizer_of
+from nexus.towers.media_lm import MediaPrompt, prepare_prompts
+from nexus.towers.probes import probe_request
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
+from nexus.towers.seq2seq import score_transcripts
 from nexus.towers.targets import (
     CodecTargets,
     DenoisingTargets,
@@ -103,6 +107,8 @@ class TeacherEngine:
         """Tokens of its distributions; None without any."""
         if self.role == "codec_lm":
             return int(self.tower.model.config.audio_vocab_size)
+        if self.tower.transcriber is not None:
+            return causal_lm.vocabulary_size(self.tower.model)
         return causal_lm.vocabulary_size(self.tower.model) if self.role == "causal_lm" else None
 
     @property
@@ -137,13 +143,20 @@ class TeacherEngine:
                 raise ConfigError(
                     f"Expected completions to score for the language model {self.teacher_id!r}, found none. Generate them first."
                 )
-            if request.media is not None:
-                raise ConfigError(
-                    f"Expected rows of text for the language model {self.teacher_id!r}, found media, which this "
-                    "version gives to encoders only. Choose an encoder for these rows."
-                )
             if self.tower.dictionaries is None:
-                tokens, hidden = causal_lm.score_completions(*self._language_model(), request, passes=self.tower.passes)
+                if request.media is not None and self.tower.is_streamed:
+                    raise ConfigError(
+                        f"Expected the teacher {self.teacher_id!r} in memory to read media, found it streamed, where rows run side "
+                        "by side. Give it rows of text, or a device that holds it."
+                    )
+                media = self._media_prompts(request.row_ids, request.prompts, request.media, request.snr_db)
+                tokens, hidden = causal_lm.score_completions(
+                    *self._language_model(), request, media, passes=self.tower.passes
+                )
+            elif request.media is not None:
+                raise ConfigError(
+                    f"Expected rows of text for the sae {self.teacher_id!r}, found media. Choose another teacher for these rows."
+                )
             else:
                 features = score_features(*self._language_model(), self.tower.dictionaries, request)
         elif self.tower.denoiser is not None:
@@ -160,14 +173,21 @@ class TeacherEngine:
             elif self.role == "codec_lm":
                 tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
             else:
-                encoded = self._encode(
-                    request.row_ids,
-                    request.media,
-                    snr_db=request.snr_db,
+                model = self.tower.model
+                inputs = encoder.prepare_inputs(
+                    model, self.tower.processor, request.row_ids, request.media, request.snr_db
+                )
+                encoded = encoder.encode(
+                    model,
+                    inputs,
+                    row_ids=request.row_ids,
                     layers=request.layers,
                     temperature=request.temperature,
+                    passes=self.tower.passes,
                 )
                 hidden = encoded.hidden
+                if request.completions is not None and self.tower.transcriber is not None:
+                    tokens = score_transcripts(model, self.tower.transcriber, inputs, request)
         targets = TeacherTargets(
             teacher=self.teacher_id,
             fingerprint=self.fingerprint,
@@ -185,6 +205,21 @@ class TeacherEngine:
         )
         check_targets(targets, vocabulary_size=self.vocabulary_size)
         return targets
+
+    def probe(self) -> None:
+        """Ask a fixed question, so that a copy that was loaded or woken wrongly is known before any row is.
+
+        Raises:
+            TeacherHealthError: the answer is of a broken teacher; it names the teacher.
+        """
+        try:
+            self.score(probe_request(self.tower))
+        except RowsError as error:
+            raise NotFiniteError(
+                self.teacher_id,
+                f"Expected teacher {self.teacher_id!r} to answer a fixed question after loading, found: "
+                f"{'; '.join(sorted(set(error.reasons.values())))}.",
+            ) from None
 
     def output_head(self) -> TeacherHead:
         """What turns the states of `hidden` targets into this teacher's logits; made once.
@@ -231,6 +266,11 @@ class TeacherEngine:
         if self.role == "causal_lm":
             model, tokenizer = self._language_model()
             self._refuse_streamed("generate answers")
+            if any(record.media is not None for record in records):
+                ids, prompts = [record.id for record in records], [record.prompt for record in records]
+                media = self._media_prompts(ids, prompts, _media_of(records), snr_db)
+                assert media is not None
+                return causal_lm.answer_media_rows(model, tokenizer, ids, media, max_new_tokens=max_new_tokens)
             return causal_lm.answer_rows(
                 model,
                 tokenizer,
@@ -261,12 +301,11 @@ class TeacherEngine:
                 for which the model alone gives NaN, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
+        profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
         try:
-            profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
             return self._in_passes(lambda: profiler.measure(batch))
-        except NotANumberError:
-            self._refuse_spoiled(records, strategy, snr_db)
-            raise
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
 
     def confirm(
         self,
@@ -288,7 +327,10 @@ class TeacherEngine:
         if answers is not None and self.role == "causal_lm":
             self._refuse_streamed("generate answers with layers skipped")
         profiler, batch = self._profiled(records, strategy, snr_db, None)
-        confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
+        try:
+            confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
+        except BadSamplesError as error:
+            raise RowsError(error.what, error.reasons) from None
         if self.role != "causal_lm" or answers is None:
             return confirmed
         golds = [
@@ -374,6 +416,14 @@ class TeacherEngine:
             )
         return self.tower.model, self.tower.tokenizer
 
+    def _media_prompts(
+        self, row_ids: Sequence[str], prompts: Sequence[str], media: Sequence[bytes] | None, snr_db: float | None
+    ) -> list[MediaPrompt] | None:
+        """Prompts with media as the model reads them; None for rows of text."""
+        if media is None:
+            return None
+        return prepare_prompts(self.tower.processor, row_ids, prompts, media, teacher_id=self.teacher_id, snr_db=snr_db)
+
     def _encode(
         self,
         row_ids: Sequence[str],
@@ -437,23 +487,6 @@ class TeacherEngine:
             [record.completion or "" for record in records],
         )
         return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
-
-    def _refuse_spoiled(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> None:
-        """Raise RowsError for the rows that give NaN by themselves, where others of the batch do not."""
-        spoiled = {}
-        for record in records:
-            profiler, batch = self._profiled([record], strategy, snr_db, None)
-            try:
-                self._in_passes(partial(profiler.measure, batch))
-            except NotANumberError:
-                spoiled[record.id] = "NaN"
-        # Where every row is, the model is broken and not its rows; of one row alone nothing can be told.
-        if 0 < len(spoiled) < len(records) or len(records) == 1:
-            raise RowsError(
-                "Expected numbers from the model and its ablations for every row; drop the others or load the model in a wider "
-                "compute dtype.",
-                spoiled,
-            )
 
     def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
         row_ids = [record.id for record in records]

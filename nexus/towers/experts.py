@@ -29,8 +29,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-BLOCK = 64
-"""Weights that share one scale; bitsandbytes' default and the format of NF4 checkpoints."""
+from nexus.towers.filling import BLOCK
+
 NESTED_BLOCK = 256
 """Scales that share one scale of their own: fixed inside bitsandbytes."""
 STACKS = ("gate_up_proj", "down_proj")
@@ -214,6 +214,8 @@ def _hollow(weight: Any) -> Any:
         for state in states
     )  # fmt: skip
     hollow.state2, hollow.nested, hollow.offset = nested, True, weight.quant_state.offset.to("meta")
+    # The module keeps a reference of its own.
+    weight.module.quant_state = hollow
     return bnb.nn.Params4bit(
         weight.data.to("meta"), requires_grad=False, quant_state=hollow, blocksize=weight.blocksize,
         compress_statistics=True, quant_type=weight.quant_type, quant_storage=weight.quant_storage, module=weight.module,

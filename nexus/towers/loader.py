@@ -28,10 +28,12 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -60,9 +62,10 @@ from nexus.towers.nf4 import (
     prepare_modules,
     quantisation_config,
 )
-from nexus.towers.registry import TeacherRegistry, TeacherSpec, check_loadable, resolve_entry
+from nexus.towers.registry import TeacherRegistry, TeacherSpec, resolve_entry
 from nexus.towers.sae import Dictionaries, load_dictionaries
 from nexus.towers.streamed import LayerStream
+from nexus.vendors.environments import ENVIRONMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class LoadedTower:
     tokenizer: PreTrainedTokenizerBase | None
     """None for encoders."""
     processor: Any | None
-    """The checkpoint's own image processor or feature extractor; None for language models."""
+    """The checkpoint's own image processor or feature extractor; of a language model what prepares media, None without."""
     role: Role
     coverage: CoverageReport
     fingerprint: str
@@ -89,6 +92,8 @@ class LoadedTower:
     """What it was loaded from; loads it again, for example in floating point."""
     dictionaries: Dictionaries | None = None
     """Of an sae, whose `model` is the base model that it reads; None for all other roles."""
+    transcriber: PreTrainedTokenizerBase | None = None
+    """Of an encoder with a decoder that writes text, whose rows may come with completions to score; None otherwise."""
     denoiser: Denoiser | None = None
     """The pipeline of a diffusion teacher, whose `model` is the component that predicts the noise; None for all other roles."""
     from_cache: bool = False
@@ -133,7 +138,6 @@ class TowerLoader:
 
         Raises:
             TowerLoadError: unknown id, no files on this machine, or files that are not what the entry demands.
-            UnsupportedRoleError: a role that this version cannot load.
         """
         spec = resolve_entry(self._registry.get(teacher_id), models_dir=self._models_dir)
         return self.load_spec(replace(spec, streamed=streamed), quantise=quantise)
@@ -150,9 +154,12 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
 
     Raises:
         TowerLoadError: files that are not what the spec demands.
-        UnsupportedRoleError: a role that this version cannot load.
     """
-    check_loadable(spec.id, spec.role)
+    if spec.library in ENVIRONMENTS:
+        raise TowerLoadError(
+            f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found one of {spec.library}, "
+            f"whose teachers run in an environment of their own. Make it with: make teacher-env NAME={spec.library}"
+        )
     if spec.role == "sae":
         return _load_sae(spec, device, quantise=quantise)
     target = _device(device)
@@ -163,7 +170,8 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     skeleton = _skeleton(spec, model_class)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = tokenizer_of(spec) if spec.role == "causal_lm" else None
-    processor = _processor(spec) if spec.role in ("encoder", "codec_lm", "codec") else None
+    transcriber = _transcriber(spec, skeleton)
+    processor = _media_processor(spec) if spec.role == "causal_lm" else _processor(spec)
     # Codecs stay in floating point: four bits are heard.
     quantise = quantise and spec.quantise and spec.role != "codec"
     loaded = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
@@ -181,6 +189,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
             "tokenizer": digest,
             "chat_template": None if tokenizer is None else tokenizer.chat_template,
             "processor": None if processor is None else json.loads(processor.to_json_string()),
+            **({} if transcriber is None else {"transcriber": tokenizer_hash(transcriber)}),
         }
     )
     logger.info(
@@ -189,7 +198,7 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     )  # fmt: skip
     return LoadedTower(
         model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec,
-        from_cache=loaded.from_cache, passes=loaded.passes,
+        from_cache=loaded.from_cache, passes=loaded.passes, transcriber=transcriber if loaded.passes is one_by_one else None,
     )  # fmt: skip
 
 
@@ -366,6 +375,32 @@ def tokenizer_of(spec: TeacherSpec) -> PreTrainedTokenizerBase:
             "tokenizer_config.json."
         )
     return tokenizer
+
+
+def _transcriber(spec: TeacherSpec, skeleton: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a recogniser whose decoder writes token after token; its encoder is of use without one."""
+    if spec.role != "encoder" or not (skeleton.can_generate() and hasattr(skeleton.config, "max_target_positions")):
+        return None
+    try:
+        return tokenizer_of(spec)
+    except TowerLoadError as error:
+        logger.warning("teacher %s: embeddings only, no text: %s", spec.id, error)
+        return None
+
+
+def _media_processor(spec: TeacherSpec) -> ProcessorMixin | None:
+    """What prepares the media in a language model's prompts; None without one, or where a package of its is absent.
+
+    Rows of text need none, so that its absence is an error of the first row with media.
+    """
+    if not any((Path(spec.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.remote_code)
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        logger.warning("teacher %s: no media in its prompts: %s", spec.id, _one_line(error))
+        return None
+    return processor if isinstance(processor, ProcessorMixin) else None
 
 
 def _processor(spec: TeacherSpec) -> Any:

@@ -31,10 +31,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nexus.errors import TowerLoadError
-from nexus.towers.experts import BLOCK, STACKS, NF4Config, NF4Experts, is_fused_experts, relative_error, why_not_packed
+from nexus.towers.experts import STACKS, NF4Config, NF4Experts, is_fused_experts, relative_error, why_not_packed
+from nexus.towers.filling import BLOCK, MAX_WEIGHT_ERROR, dequantised, stored_bits
 
-MAX_WEIGHT_ERROR = 0.12
-"""Largest admitted |dequantised - original| / |original|. Normally distributed weights give .092, the silent errors .26 and more."""
 VERIFIED_PARAMETERS = 2 * 10**9
 """Above this many quantised parameters, an evenly spaced choice of matrices is compared with the originals, and at least one of
 every shape: reading all of a 30B checkpoint twice would double its loading time. A wrong kernel fails on every matrix of a shape."""
@@ -285,21 +284,6 @@ def merge_coverage(reports: Mapping[str, CoverageReport]) -> CoverageReport:
         stored_bytes=sum(report.stored_bytes for report in reports.values()),
         modules=modules,
     )
-
-
-def stored_bits(module: Any) -> int:
-    """Bits that the weight of a `Linear4bit` occupies: indices, scales, scales of scales, and both tables."""
-    state = module.weight.quant_state
-    tensors = [module.weight.data, state.absmax, state.code]
-    if state.nested:
-        tensors += [state.state2.absmax, state.state2.code, state.offset]
-    return sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors)
-
-
-def dequantised(module: Any) -> Tensor:
-    """The stored matrix of a `Linear4bit` as float32 [out_features, in_features]."""
-    matrix: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    return matrix.float()
 
 
 def classification_heads(model: PreTrainedModel) -> tuple[str, ...]:

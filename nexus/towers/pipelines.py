@@ -7,27 +7,25 @@ is read, so that the floating-point model is never whole in memory. `skip_module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from nexus.artifacts import fingerprint_of
 from nexus.errors import TowerLoadError
-from nexus.towers.checkpoint import Checkpoint, open_checkpoint, read_json, weights_digest
+from nexus.towers.checkpoint import open_checkpoint, read_json, weights_digest
 from nexus.towers.diffusion import PIPELINES, Denoiser
+from nexus.towers.filling import fill, reader_of
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
-    QuantisationPlan,
     freeze,
     measure_coverage,
     merge_coverage,
@@ -145,87 +143,13 @@ def _load_diffuser(
             f"Expected config.json in {spec.path} to describe a {component.__name__}, found: {' '.join(str(error).split())[:200]}. "
             "Fetch it again."
         ) from error
-    _refuse_unfit(spec, model, checkpoint)
+    read = reader_of(model, checkpoint, teacher_id=spec.id)
     plan = NOTHING_QUANTISED
     if quantise:
         plan = plan_quantisation(model, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=0.0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    read = _reader(checkpoint)
-    fill(model, plan, read, device, dtype)
+    fill(model, plan.matrices, read, device, dtype)
     freeze(model)
     report = measure_coverage(model, plan, read, teacher_id=spec.id)
     digest = fingerprint_of({"weights": weights_digest(checkpoint), "config": dict(checkpoint.config)})
     return model, report, digest
-
-
-def fill(
-    model: nn.Module,
-    plan: QuantisationPlan,
-    read: Callable[[str], Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Give an empty model its weights, one tensor at a time; matrices of the plan become NF4 as they arrive."""
-    names = [
-        name for name in model.state_dict() if name.rpartition(".")[0] not in plan.matrices or name.endswith(".bias")
-    ]
-    for name in plan.matrices:
-        empty = model.get_submodule(name)
-        assert isinstance(empty, nn.Linear)
-        model.set_submodule(name, packed_linear(read(f"{name}.weight"), empty.bias is not None, device, dtype))
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        tensor = read(name)
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        module = model.get_submodule(owner)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[leaf] = tensor
-    for module in model.modules():
-        for leaf in module._non_persistent_buffers_set:
-            buffer = module._buffers[leaf]
-            module._buffers[leaf] = None if buffer is None else buffer.to(device)
-
-
-def packed_linear(weight_OI: Tensor, bias: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear layer of bitsandbytes with `weight_OI` in NF4 with double quantisation and an empty bias."""
-    rows, columns = weight_OI.shape
-    with torch.device("meta"):
-        linear: Any = bnb.nn.Linear4bit(columns, rows, bias=bias, compute_dtype=dtype)
-    linear.weight = bnb.nn.Params4bit(
-        weight_OI.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
-    ).to(device)
-    # As transformers notes it, for those who read the layer back.
-    linear.source_cls = nn.Linear
-    return linear  # type: ignore[no-any-return]  # bitsandbytes is untyped
-
-
-def _reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
-        with safe_open(checkpoint.weights[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    return read
-
-
-def _refuse_unfit(spec: TeacherSpec, model: nn.Module, checkpoint: Checkpoint) -> None:
-    expected: Mapping[str, Tensor] = model.state_dict()
-    for kind, names in (
-        ("missing", sorted(expected.keys() - checkpoint.weights.keys())),
-        ("unexpected", sorted(checkpoint.weights.keys() - expected.keys())),
-    ):
-        if names:
-            raise TowerLoadError(
-                f"Expected the weights in {spec.path} to fit teacher {spec.id!r} exactly, found {len(names)} {kind} "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Fetch the checkpoint again."
-            )
-    for name, path in checkpoint.weights.items():
-        with safe_open(path, framework="pt") as file:
-            shape = tuple(file.get_slice(name).get_shape())
-        if shape != tuple(expected[name].shape):
-            raise TowerLoadError(
-                f"Expected shape {tuple(expected[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. Fetch "
-                "the checkpoint again."
-            )

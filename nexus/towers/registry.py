@@ -24,8 +24,6 @@ from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 """Roles that a run can distil from."""
 
-LOADABLE_ROLES: tuple[Role, ...] = ("causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae")
-"""Roles that `nexus.towers.loader` can load."""
 
 DEFAULT_MODELS_DIR = Path("models")
 """Where `nexus teachers pull` puts a checkpoint when nothing else is said, relative to the working directory."""
@@ -241,6 +239,8 @@ class TeacherSpec:
     remote_code: bool = False
     base_path: str | None = None
     """Folder of the model that an sae reads; None for all other roles."""
+    library: str = "transformers"
+    """Package of its class; a vendor's runs in an environment of its own (nexus/vendors/environments.py)."""
     cache_dir: str | None = None
     """Where quantised weights are kept for the next load; None keeps none."""
     cache_min_parameters: int = 0
@@ -304,7 +304,6 @@ def resolve_teacher(
 
 def resolve_entry(entry: TeacherEntry, *, models_dir: Path | None = None, cache_dir: Path | None = None) -> TeacherSpec:
     """The spec of a registry entry; raises as `resolve_teacher` does."""
-    _refuse_role(entry.id, entry.role, LOADABLE_ROLES, entry.needs)
     if (entry.model_class is None and entry.role != "sae") or (
         entry.remote_code.needed and not entry.remote_code.allowed
     ):
@@ -335,26 +334,17 @@ def spec_of_entry(entry: TeacherEntry, folder: Path, *, base: Path | None = None
         unused_weights=entry.unused_weights,
         remote_code=entry.remote_code.allowed,
         base_path=None if base is None else str(base),
+        library=entry.library,
     )
 
 
 def check_role(teacher_id: str, role: Role, needs: tuple[str, ...] = ()) -> None:
     """Raises UnsupportedRoleError unless a run can distil from teachers of `role`."""
-    _refuse_role(teacher_id, role, SUPPORTED_ROLES, needs)
-
-
-def check_loadable(teacher_id: str, role: Role) -> None:
-    """Raises UnsupportedRoleError unless teachers of `role` can be loaded."""
-    _refuse_role(teacher_id, role, LOADABLE_ROLES, ())
-
-
-def _refuse_role(teacher_id: str, role: Role, admitted: tuple[Role, ...], needs: tuple[str, ...]) -> None:
-    if role not in admitted:
+    if role not in SUPPORTED_ROLES:
         because = f" (it needs: {'; '.join(needs)})" if needs else ""
-        what = "loader" if admitted == LOADABLE_ROLES else "distillation"
         raise UnsupportedRoleError(
-            f"Expected a teacher of role {' or '.join(admitted)}, found {teacher_id!r} of role {role}, for which this version of "
-            f"nexus has no {what}{because}. Remove it from the run."
+            f"Expected a teacher of role {' or '.join(SUPPORTED_ROLES)}, found {teacher_id!r} of role {role}, for which this version "
+            f"of nexus has no distillation{because}. Remove it from the run."
         )
 
 

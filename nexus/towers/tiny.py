@@ -216,17 +216,24 @@ def _parakeet(folder: Path) -> None:
 
 def _vibevoice(folder: Path) -> None:
     encoder = {
-        "model_type": "vibevoice_acoustic_tokenizer_encoder", "hidden_size": 64, "num_filters": 8,
-        "downsampling_ratios": [2, 4], "depths": [1, 1, 1],
+        "model_type": "vibevoice_acoustic_tokenizer_encoder", "hidden_size": 64, "num_filters": 4,
+        # The processor counts one token for every 3,200 samples.
+        "downsampling_ratios": [8, 20, 20], "depths": [1, 1, 1, 1],
     }  # fmt: skip
     model = _build(
         "VibeVoiceAsrForConditionalGeneration",
         acoustic_tokenizer_encoder_config=encoder,
         semantic_tokenizer_encoder_config=encoder,
-        text_config={**_TEXT, "model_type": "qwen2"},
-        audio_token_id=509, audio_bos_token_id=510, audio_eos_token_id=511, acoustic_tokenizer_chunk_size=64,
+        text_config={**_TEXT, "model_type": "qwen2", "intermediate_size": 256},
+        audio_token_id=509, audio_bos_token_id=510, audio_eos_token_id=511, acoustic_tokenizer_chunk_size=6400,
     )  # fmt: skip
-    _save(folder, model, tiny_tokenizer())
+    names = {"audio_token": "<audio>", "audio_bos_token": "<boa>", "audio_eos_token": "<eoa>"}
+    processor = transformers.VibeVoiceAsrProcessor(
+        transformers.VibeVoiceAcousticTokenizerFeatureExtractor(),
+        tiny_tokenizer(**names),
+        **names,
+    )
+    _save(folder, model, processor)
 
 
 def _gemma_scope(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus.artifacts import StrictModel, read_artifact, sha256_of, write_artifact
 from nexus.errors import ArtifactError
@@ -110,6 +110,31 @@ def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str
     state = torch.load(newest / STATE_FILE, weights_only=True, map_location="cpu")
     weights = load_file(newest / WEIGHTS_FILE)
     return manifest.step, weights | {name: weights[target] for name, target in manifest.aliases.items()}, state
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of `model` without its frozen parameters, which are read again from where they came."""
+    frozen = _frozen(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give `model` what `trained_weights` took from one built alike.
+
+    Raises:
+        ArtifactError: when the weights are another model's.
+    """
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    strange = sorted({*missing} - _frozen(model)) + sorted(unexpected)
+    if strange:
+        raise ArtifactError(
+            f"Expected the checkpoint's weights to be those of this student, found {len(strange)} that are missing or unknown, "
+            f"{strange[0]} among them. Train anew with another --out."
+        )
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def _aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:

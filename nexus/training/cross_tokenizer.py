@@ -19,6 +19,7 @@ Shape letters: N scored tokens of the student, M of the teacher, S spans, K kept
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nexus.errors import ConfigError, TowerLoadError
+from nexus.towers.targets import TokenTargets
 from nexus.training.divergence import check_temperature, compute_dtype, per_token
 
 MAX_SPAN_TOKENS = 8
@@ -96,6 +99,81 @@ def common_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
     )
     ids_C2 = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return CommonIds(ids_C2[:, 0].contiguous(), ids_C2[:, 1].contiguous())
+
+
+@dataclass(frozen=True)
+class AlignedRows:
+    """The scored tokens of a batch that both models score, aligned row by row."""
+
+    alignment: SpanAlignment
+    student_N: Tensor
+    """bool over the student's scored tokens, set for those of the rows that are compared."""
+    teacher_M: Tensor
+
+
+class TextAligner:
+    """Brings the tokens of a teacher's answers and the student's to common spans of text.
+
+    Raises:
+        ConfigError: a tokenizer that does not say where in the text its tokens end.
+    """
+
+    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, name: str) -> None:
+        for whose, tokenizer in (("the student", student), (name, teacher)):
+            if not tokenizer.is_fast:
+                raise ConfigError(
+                    f"Expected tokenizers that tell where their tokens end for distill.cross_tokenizer spans, found the slow one of "
+                    f"{whose}. Set distill.cross_tokenizer to responses."
+                )
+        self.common = common_ids(student, teacher)
+        self._student, self._teacher, self._name = student, teacher, name
+
+    def align(self, completions: Sequence[str], student_counts_B: Sequence[int], tokens: TokenTargets) -> AlignedRows:
+        """Spans of a batch of answers.
+
+        Rows whose first token one of the models cannot score, for want of anything before it, are left out.
+
+        Args:
+            student_counts_B: the student's scored tokens of each row, the end of sequence included.
+            tokens: of the teacher, for the same rows.
+
+        Raises:
+            TowerLoadError: when the teacher's tokens are not those of its tokenizer.
+        """
+        student_parts, teacher_parts = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+        student_kept: list[bool] = []
+        teacher_kept: list[bool] = []
+        student_total = teacher_total = 0
+        for row, text in enumerate(completions):
+            _, student_ends = token_ends(self._student, text)
+            ids, teacher_ends = token_ends(self._teacher, text)
+            start, stop = (int(offset) for offset in tokens.offsets_B1[row : row + 2])
+            scored = tokens.token_ids_N[start:stop].tolist()
+            if scored != ids[len(ids) - len(scored) :]:
+                raise TowerLoadError(
+                    f"Expected {self._name} to score the tokens that its saved tokenizer makes of an answer, found others. Run "
+                    "`nexus distill` anew with another --out."
+                )
+            whole = student_counts_B[row] == len(student_ends) and len(scored) == len(ids)
+            student_kept += [whole] * student_counts_B[row]
+            teacher_kept += [whole] * len(scored)
+            if whole:
+                spans = align_spans(student_ends, teacher_ends)
+                student_parts.append(spans.student_offsets_S1[1:] + student_total)
+                teacher_parts.append(spans.teacher_offsets_S1[1:] + teacher_total)
+                student_total += len(student_ends)
+                teacher_total += len(ids)
+        alignment = SpanAlignment(np.concatenate(student_parts), np.concatenate(teacher_parts))
+        return AlignedRows(alignment, torch.tensor(student_kept), torch.tensor(teacher_kept))
+
+
+def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], NDArray[np.int64]]:
+    """Ids of an answer, its end of sequence included, and where each ends in the text, as `align_spans` takes it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+    # A token of characters that were normalised away may name an earlier place.
+    ends = np.maximum.accumulate(ends) if len(ends) else ends
+    return [*encoded["input_ids"], tokenizer.eos_token_id], np.append(ends, len(text) + 1)
 
 
 def cross_tokenizer_loss(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -143,6 +143,8 @@ class StepReport:
     rows: int
     tokens: Mapping[str, int]
     """Scored for each teacher that took part (`TeacherLoss.tokens`)."""
+    aligned: Mapping[str, float]
+    """The share of them in spans that both tokenizers cut out, for teachers of another tokenizer that are compared span by span."""
     wait_s: float
     """Seconds spent waiting for targets."""
     restored_step: int | None
@@ -209,6 +211,8 @@ class DistillationLoop:
         """Draws ahead whose targets have been asked for."""
         self._tokens: Counter[str] = Counter()
         """Scored in this step, by teacher."""
+        self._aligned: defaultdict[str, float] = defaultdict(float)
+        """Those of them in spans that both tokenizers cut out, for teachers of another tokenizer that are compared."""
         self._awaited: set[Hashable] = set()
         """Keys of the targets that were asked for and not collected yet."""
         self.optimizer = _optimizer(objective, settings)
@@ -282,6 +286,7 @@ class DistillationLoop:
         self.optimizer.zero_grad(set_to_none=True)
         factor = self._spike_factor(batches)
         self._tokens.clear()
+        self._aligned.clear()
         losses = (
             self._whole_step(batches[0], targets[0], factor)
             if len(batches) == 1
@@ -319,6 +324,7 @@ class DistillationLoop:
             learning_rate=learning_rate,
             rows=len(sample_ids),
             tokens=dict(self._tokens),
+            aligned={teacher: count / self._tokens[teacher] for teacher, count in self._aligned.items()},
             wait_s=wait_s,
             restored_step=restored,
         )
@@ -420,6 +426,8 @@ class DistillationLoop:
             whole = None if sizes is None else sizes.teachers[assignment]
             loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole)
             self._tokens[assignment.teacher] += loss.tokens
+            if loss.aligned is not None:
+                self._aligned[assignment.teacher] += loss.aligned * loss.tokens
             kds.setdefault(assignment.teacher, []).append(loss.kd)
             anchors.setdefault(assignment.teacher, []).append(loss.anchor)
         asked = list(self._taught(batch)) if sizes is None else list(sizes.teachers)

@@ -6,7 +6,8 @@ KD_t depends on what the teacher gives:
   answer, on its top-k and tail, its whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of
   KL(teacher || student), because the mix has none;
 - a language model with another tokenizer: cross-entropy on the text of its answer, in the student's tokens (sequence-level
-  distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947);
+  distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947), and, where that is chosen, the divergence over the spans of
+  text that both tokenizers cut out (`training.cross_tokenizer`), at temperature 1;
 - an encoder without a head: none; A_t then also holds the distance to its pooled embedding;
 - a classifier: T^2 KL(teacher || student) on the next-token distribution that its label distribution implies (`training.labels`),
   and the same divergence over the labels themselves, from the pooled features of the tower.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,8 +46,10 @@ from nexus.towers.targets import (
     ScoreRequest,
     TeacherHead,
     TeacherTargets,
+    TokenTargets,
 )
 from nexus.training.batches import Assignment
+from nexus.training.cross_tokenizer import CrossTokenizerLoss, TextAligner, cross_tokenizer_loss
 from nexus.training.divergence import kd_loss, sampled_kl, topk_tail_kl
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
@@ -70,6 +74,8 @@ class TeacherLoss:
     anchor: Tensor
     tokens: int
     """Student tokens that it scored or, where it gives features alone, the feature tokens that it is matched at."""
+    aligned: float | None = None
+    """Of the student's tokens, those whose text the teacher's tokens cut out too; None where no spans were compared."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,18 @@ class DistillationObjective(nn.Module):
         response_weight: float,
         max_length: int,
         divergence: Divergence = "mix",
+        precision: Literal["float32", "bfloat16"] = "float32",
         transports: Mapping[str, TokenTransport] | None = None,
         head_of: Callable[[str], TeacherHead] | None = None,
+        tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         """
         Args:
             divergence: of the token distributions; draws have only the forward KL.
+            precision: of the student's passes; bfloat16 runs them under autocast.
             transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
             head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
+            tokenizers: of the teachers whose distributions are learned from although their tokenizer is another.
         """
         super().__init__()
         self.student = student
@@ -118,9 +128,13 @@ class DistillationObjective(nn.Module):
         self._response_weight = response_weight
         self._max_length = max_length
         self._divergence = divergence
+        self._precision = precision
         self._transports = dict(transports or {})
         self._head_of = head_of
         self._heads: dict[str, OutputHead] = {}
+        self._aligners = {
+            teacher: TextAligner(tokenizer, other, name=teacher) for teacher, other in (tokenizers or {}).items()
+        }
         width = student.spec.core.hidden_size
         self.trunk_alignments = nn.ModuleDict(
             {
@@ -147,12 +161,14 @@ class DistillationObjective(nn.Module):
     def request(self, assignment: Assignment, records: Sequence[Record]) -> ScoreRequest | None:
         """What to ask the teacher about these rows; None when its answers in the rows already say everything."""
         teacher = self.teachers[assignment.teacher]
-        if not records or not is_asked(teacher):
+        by_span = teacher.id in self._aligners
+        if not records or not is_asked(teacher, by_span=by_span):
             return None
         return score_request(
             teacher,
             records,
             temperature=self._temperature,
+            by_span=by_span,
             top_k=self._top_k,
             transport=self._transports.get(teacher.id),
             capability=self.capabilities[assignment.capability],
@@ -190,7 +206,9 @@ class DistillationObjective(nn.Module):
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
             check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
-        passed = self._forward(records, self._completions(teacher, records, targets))
+        completions = self._completions(teacher, records, targets)
+        passed = self._forward(records, completions)
+        aligned = None
         tokens = 1.0 if whole is None else passed.batch.num_loss_tokens / whole.tokens
         rows = 1.0 if whole is None else len(records) / whole.rows
         if teacher.label_texts is not None:
@@ -206,12 +224,18 @@ class DistillationObjective(nn.Module):
             kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
         else:
             kd = tokens * self._response_weight * passed.cross_entropy()
+            if teacher.id in self._aligners:
+                assert targets is not None
+                spans = self._span_divergence(teacher, passed, completions, targets)
+                kd, aligned = kd + tokens * spans.loss, spans.aligned_share
         # The states of a language model in the student's tokens count by token; means over answers and towers' features by row.
         by_token = teacher.role == "causal_lm" and teacher.shares_tokenizer
         scored = passed.batch.num_loss_tokens
         if _is_feature_only(teacher):
             scored = int(self._tower(teacher, passed)[1].mask_BM.sum())
-        return TeacherLoss(kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd), scored)
+        return TeacherLoss(
+            kd, (tokens if by_token else rows) * self._anchor(teacher, passed, targets, kd), scored, aligned
+        )
 
     def gold_loss(
         self, labelled: Mapping[str, Sequence[Record]], *, num_tokens: Mapping[str, int] | None = None
@@ -251,18 +275,27 @@ class DistillationObjective(nn.Module):
         """One pass over rows of any capabilities, each with the towers of its own."""
         facts = [self.capabilities[record.capability] for record in records]
         batch = self._collate(records, completions)
-        output = self.student(
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
-            tower_mask_BN=torch.tensor([[tower in fact.towers for tower in TOWERS] for fact in facts]),
-            media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
-            output_hidden_states=True,
-            logits_to_keep=1,
-        )
+        with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
+            output = self.student(
+                batch.input_ids_BT,
+                batch.attention_mask_BT,
+                prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
+                tower_mask_BN=torch.tensor([[tower in fact.towers for tower in TOWERS] for fact in facts]),
+                media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
+                output_hidden_states=True,
+                logits_to_keep=1,
+            )
         # Most positions are prompt: the head over the vocabulary is applied to the scored ones only.
         head = self.student.core.lm_head
-        return _Passed(batch, head, output.trunk.hidden_states, output.encoded.features)
+        # The losses run in float32, whatever the student did.
+        states = tuple(
+            state_BTD.to(torch.promote_types(state_BTD.dtype, torch.float32))
+            for state_BTD in output.trunk.hidden_states
+        )
+        features = {
+            tower: (rows_M, found.at_least_float32()) for tower, (rows_M, found) in output.encoded.features.items()
+        }
+        return _Passed(batch, head, states, features)
 
     def _token_divergence(self, passed: _Passed, targets: TeacherTargets) -> Tensor:
         tokens = targets.tokens
@@ -317,6 +350,26 @@ class DistillationObjective(nn.Module):
             num_loss_tokens=count,
             temperature=self._temperature,
             tail_logprob_M=tail_N,
+        )
+
+    def _span_divergence(
+        self, teacher: TeacherFacts, passed: _Passed, completions: Sequence[str], targets: TeacherTargets
+    ) -> CrossTokenizerLoss:
+        tokens = targets.tokens
+        assert isinstance(tokens, TokenTargets), "asked for as topk"
+        aligner = self._aligners[teacher.id]
+        rows = aligner.align(completions, passed.scored_mask_BT.sum(dim=1).tolist(), tokens)
+        return cross_tokenizer_loss(
+            passed.scored_logits_NV[rows.student_N],
+            passed.scored_ids_N[rows.student_N],
+            torch.from_numpy(tokens.token_ids_N).long()[rows.teacher_M],
+            torch.from_numpy(tokens.ids_NK).long()[rows.teacher_M],
+            torch.from_numpy(tokens.logprobs_NK)[rows.teacher_M],
+            torch.from_numpy(tokens.tail_logprob_N)[rows.teacher_M],
+            alignment=rows.alignment,
+            common=aligner.common,
+            num_loss_tokens=passed.batch.num_loss_tokens,
+            temperature=1.0,
         )
 
     def _hidden_divergence(self, teacher: str, student: StudentRows, tokens: HiddenTargets) -> Tensor:

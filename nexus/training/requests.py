@@ -15,9 +15,13 @@ from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 TOPK = TokenTransport("topk")
 
 
-def is_asked(teacher: TeacherFacts) -> bool:
-    """Whether training asks it about rows at all: the answers of a language model with another tokenizer may say everything."""
-    return teacher.role != "causal_lm" or teacher.shares_tokenizer or bool(teacher.critical_layers)
+def is_asked(teacher: TeacherFacts, *, by_span: bool) -> bool:
+    """Whether training asks it about rows at all: the answers of a language model with another tokenizer may say everything.
+
+    Args:
+        by_span: its distribution is compared span by span with the student's.
+    """
+    return teacher.role != "causal_lm" or teacher.shares_tokenizer or by_span or bool(teacher.critical_layers)
 
 
 def score_request(
@@ -25,6 +29,7 @@ def score_request(
     records: Sequence[Record],
     *,
     temperature: float,
+    by_span: bool,
     top_k: int,
     transport: TokenTransport | None,
     capability: CapabilityFacts,
@@ -32,6 +37,7 @@ def score_request(
     """The request for these rows; language models score the rows' completions, others their media.
 
     Args:
+        by_span: as `is_asked`; the probability of a span is that of its text at temperature 1 only.
         transport: None takes top-k.
 
     Raises:
@@ -45,7 +51,7 @@ def score_request(
         prompts=tuple(record.prompt for record in records),
         completions=tuple(completion_of(record) for record in records) if is_language else None,
         media=None if is_language else tuple(_media_bytes(record) for record in records),
-        temperature=temperature,
+        temperature=1.0 if by_span else temperature,
         top_k=top_k,
         layers=tuple(layer for layer, _ in teacher.critical_layers),
         snr_db=capability.snr_db,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nexus.artifacts import fingerprint_of
 from nexus.config import RunConfig, resolve_path
 from nexus.data.collate import length_check
 from nexus.data.loader import RecordBatches
@@ -19,9 +20,11 @@ from nexus.errors import ArtifactError, ConfigError
 from nexus.student.memory import NexusStudent
 from nexus.student.presets import StudentSpec, load_student_spec
 from nexus.student.shipped import student_preset
+from nexus.student.trunk import PretrainedCore, add_lora, load_pretrained, merge_lora
+from nexus.towers.checkpoint import open_checkpoint, weights_digest
 from nexus.training.average import averaged
 from nexus.training.batches import Assignment, RecordStream, StepBatches
-from nexus.training.checkpoint import load_checkpoint
+from nexus.training.checkpoint import load_checkpoint, load_trained
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 from nexus.training.loop import DistillationLoop, LoopSettings, TargetSource, parse_spike
 from nexus.training.loss import GradientSurgeryLoss
@@ -32,15 +35,19 @@ TOKENIZER_DIR = "tokenizer"
 """Folder of the run directory that keeps the student's tokenizer, so that later stages need no teacher."""
 
 
+TEACHER_TOKENIZERS_DIR = "teacher_tokenizers"
+"""Folder of the run directory with the tokenizers of teachers that are compared span by span."""
+
+
 def build_student_spec(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[TeacherFacts], *, taught: bool
 ) -> StudentSpec:
     """The preset with the tokenizer's vocabulary and the router's keywords; when taught, with an alignment per critical layer."""
-    spec = load_student_spec(student_preset(config))
+    spec = load_student_spec(student_preset(config), trunk=_trunk(config))
     # A language model may have more output rows than its tokenizer has ids; targets can name any of them.
     sizes = [teacher.vocabulary_size or 0 for teacher in teachers if teacher.shares_tokenizer]
     spec = spec.with_vocabulary(
-        max([len(tokenizer), *sizes]),
+        max([len(tokenizer), *sizes, *([] if config.student.trunk is None else [spec.core.vocab_size])]),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -81,7 +88,9 @@ def build_loop(
     _refuse_unused(config, teachers)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
     torch.manual_seed(config.seed)
-    student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
+    student = _student(config, build_student_spec(config, tokenizer, teachers, taught=taught))
+    if distill.gradient_checkpointing:
+        student.core.save_activations_less()
     teachers = teachers if taught else ()
     objective = DistillationObjective(
         student,
@@ -93,7 +102,9 @@ def build_loop(
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
         divergence=distill.divergence,
+        precision=distill.precision,
         transports={teacher.id: transport_of(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
+        tokenizers=teacher_tokenizers(config, run_dir, teachers),
         head_of=None if source is None else lambda teacher: source.head(teacher),
     )
     importance = {teacher.id: teacher.importance for teacher in teachers}
@@ -150,10 +161,38 @@ def build_loop(
     )
 
 
+def _trunk(config: RunConfig) -> Path | None:
+    return None if config.student.trunk is None else resolve_path(config.student.trunk)
+
+
+def _student(config: RunConfig, spec: StudentSpec) -> NexusStudent:
+    """A student to train: a pretrained trunk has its weights, frozen, and updates of low rank beside them."""
+    student = NexusStudent(spec)
+    trunk = _trunk(config)
+    if trunk is not None:
+        assert isinstance(student.core, PretrainedCore)
+        load_pretrained(student.core, trunk)
+        add_lora(student.core, rank=config.student.lora.rank, alpha=config.student.lora.alpha)
+    return student
+
+
+def training_fingerprint(config: RunConfig) -> str:
+    """Hash of all that a checkpoint's weights belong to: the configuration, and the content of a pretrained trunk."""
+    trunk = _trunk(config)
+    if trunk is None:
+        return config.fingerprint()
+    return fingerprint_of([config.fingerprint(), weights_digest(open_checkpoint(trunk))])
+
+
 def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
     """Refuse what the configuration alone could not: settings that the loaded teachers leave without effect."""
     default = type(config.distill).model_fields["response_weight"].default
     other = any(teacher.role == "causal_lm" and not teacher.shares_tokenizer for teacher in teachers)
+    if config.distill.cross_tokenizer == "spans" and not other:
+        raise ConfigError(
+            "distill.cross_tokenizer: expected a language model whose tokenizer is not the student's, found none: spans has no "
+            "effect. Remove it."
+        )
     if config.distill.response_weight != default and not other:
         raise ConfigError(
             f"distill.response_weight: expected the default {default} while every language model shares the student's tokenizer, "
@@ -174,6 +213,26 @@ def transport_of(config: RunConfig, teacher: str) -> TokenTransport:
 def save_tokenizer(checkpoint: Path, run_dir: Path) -> None:
     """Keep a teacher's tokenizer in the run directory: the student speaks it, and later stages need no teacher for it."""
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(run_dir / TOKENIZER_DIR)
+
+
+def save_teacher_tokenizer(checkpoint: Path, run_dir: Path, teacher: str) -> None:
+    """Keep the tokenizer of a teacher that is compared span by span; the trainer has no other way to it."""
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(run_dir / TEACHER_TOKENIZERS_DIR / teacher)
+
+
+def compared_by_span(config: RunConfig, teachers: Sequence[TeacherFacts]) -> list[str]:
+    """Language teachers of another tokenizer whose distributions are learned from."""
+    if config.distill.cross_tokenizer != "spans":
+        return []
+    return [teacher.id for teacher in teachers if teacher.role == "causal_lm" and not teacher.shares_tokenizer]
+
+
+def teacher_tokenizers(
+    config: RunConfig, run_dir: Path, teachers: Sequence[TeacherFacts]
+) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers that `save_teacher_tokenizer` kept, of the teachers that are compared by span."""
+    folder = run_dir / TEACHER_TOKENIZERS_DIR
+    return {name: AutoTokenizer.from_pretrained(folder / name) for name in compared_by_span(config, teachers)}
 
 
 def _prepared(folder: Path) -> Path:
@@ -249,14 +308,16 @@ def load_trained_student(
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
     """
     folder = run_dir / "checkpoints" / name
-    found = load_checkpoint(folder, fingerprint=config.fingerprint())
+    found = load_checkpoint(folder, fingerprint=training_fingerprint(config))
     if found is None:
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
     _, weights, state = found
     if state["average"] is not None:
         weights = averaged(weights, state["average"])
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR)
-    student = NexusStudent(build_student_spec(config, tokenizer, teachers, taught=taught))
+    student = _student(config, build_student_spec(config, tokenizer, teachers, taught=taught))
     prefix = "student."
-    student.load_state_dict({key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)})
+    load_trained(student, {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)})
+    if isinstance(student.core, PretrainedCore):
+        merge_lora(student.core)
     return student.eval(), tokenizer

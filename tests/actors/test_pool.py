@@ -168,12 +168,14 @@ def test_a_teacher_that_cannot_load_says_why_and_does_not_hang(ray_cluster, tmp_
         TeacherPool.start([spec], torch_threads=1, num_gpus=0, window=1, timeout_s=60, max_retries=0, load_timeout_s=60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_teachers(pool, reasoning_spec):
     """Handles of the module's teacher and of another over the same files."""
     second = dataclasses.replace(reasoning_spec, id="second")
-    TeacherPool.start([second], torch_threads=1, num_gpus=0, window=2, timeout_s=120, max_retries=3, load_timeout_s=120)
-    return {name: [ray.get_actor(actor_name(name))] for name in ("sample-reasoning", "second")}
+    # The pool that creates an actor keeps it alive.
+    other, _ = TeacherPool.start([second], torch_threads=1, window=2, timeout_s=120, max_retries=3, load_timeout_s=240)
+    yield {name: [ray.get_actor(actor_name(name))] for name in ("sample-reasoning", "second")}
+    assert other.teachers == ("second",)
 
 
 @pytest.mark.parametrize("max_kept_bytes", [2**40, 0], ids=["dropped", "restarted"])
@@ -190,7 +192,7 @@ def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memor
             assert dataclasses.replace(answer, teacher="sample-reasoning") == expected
     assert sum(sleeping._is_loaded(name, 0) for name in two_teachers) == 1
     # All that waited for a teacher was done before it was put to sleep.
-    assert 1 <= sleeping.swaps <= 2
+    assert 1 <= sleeping.swaps <= 3
     restarted = [name for name in two_teachers if sleeping.health(name).pid != before[name]]
     assert bool(restarted) == (max_kept_bytes == 0)
 

@@ -355,6 +355,15 @@ def test_a_starved_teacher_is_shown_as_starved(report_data: ReportData, tmp_path
     assert "no step was skipped or rolled back" in shown.text
 
 
+def test_each_teachers_share_of_the_tokens_is_shown(report_data: ReportData, tmp_path: Path) -> None:
+    tokens = {"qwen3-math": 75, "gemma3-code": 25, "hungry": 0}
+    metrics = report_data.metrics.model_copy(update={"teacher_tokens": tokens})
+    text = page_of(dataclasses.replace(report_data, metrics=metrics), tmp_path).text
+    assert "qwen3-math 75.0 %" in text
+    assert "gemma3-code 25.0 %" in text
+    assert "hungry starved" in text
+
+
 def test_events_that_are_no_numbers_change_no_curve(report_data: ReportData, tmp_path: Path) -> None:
     odd = [
         {"time": 1.0, "kind": "stage", "stage": "distill"},
@@ -410,6 +419,15 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
     assert (
         shown.text.count("·") - page_of(report_data, tmp_path).text.count("·") == 7
     )  # the diagonal, and who never met
+
+
+def test_the_aligned_share_of_a_teacher_of_another_tokenizer_stands_over_its_curve(
+    report_data: ReportData, tmp_path: Path, page: Page
+) -> None:
+    shares = [{"kind": "step", "step": 3, "losses": {}, "aligned": {"gemma3-code": share}} for share in (0.5, 0.75)]
+    shown = page_of(dataclasses.replace(report_data, events=[*report_data.events, *shares]), tmp_path)
+    assert shown.text.count("another tokenizer: 62.5 % of the student's tokens in spans that both cut out") == 1
+    assert "another tokenizer" not in page.text
 
 
 def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:

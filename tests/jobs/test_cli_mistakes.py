@@ -294,3 +294,7 @@ def test_a_bundle_is_profiled_without_what_concerns_teachers_alone(nexus, config
         assert f"Expected --bundle without {option[0]}" in told
     assert "config.resolved.yaml beside the bundle" in nexus("profile", "--bundle", tmp_path).complaint()
     assert "Expected a bundle with manifest.json" in nexus("profile", "--bundle", tmp_path, "-c", config).complaint()
+
+
+def test_keeping_tiny_checkpoints_without_building_them_is_refused(nexus):
+    assert "Add --tiny" in nexus("teachers", "check", "--keep", "here").complaint()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from nexus.profiling import journal as journal_module
-from nexus.profiling.consolidation import plan_confirmation
+from nexus.profiling.activation import ActivationMoments, MeanUpdate
+from nexus.profiling.consolidation import BatchMeasurement, merge_measurements, plan_confirmation
 from nexus.profiling.journal import ConfirmedRows, MeasuredRows, ProfileJournal
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
+from nexus.profiling.spectral import Comoment
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,40 @@ def test_what_grows_is_written_at_once_then_as_often_as_its_share_of_the_time_al
         entry = journal.read(("t", "d"), "f", MeasuredRows)
         assert entry is not None
         assert entry.num_rows == count
+
+
+def test_memory_of_folding_and_journalling_does_not_grow_with_the_rows(tmp_path):
+    def measured(number: int, layers: int = 4, width: int = 128) -> BatchMeasurement:
+        states = torch.randn(8, width, generator=torch.Generator().manual_seed(number))
+        ids = tuple(f"{number}-{row}" for row in range(2))
+        zeros_LB = np.zeros((layers, 2))
+        return BatchMeasurement(
+            metric="delta_nll",
+            strategy="brute",
+            sample_ids=ids,
+            token_counts_B=np.ones(2, dtype=np.int64),
+            clean_nll_B=np.zeros(2),
+            delta_LB=zeros_LB,
+            kl_LB=zeros_LB,
+            cosine_drop_LB=None,
+            correct_VB=None,
+            moments_L=(ActivationMoments.of(states),) * layers,
+            comoments_L=tuple(Comoment.of(states) for _ in range(layers)),
+            updates_L=(MeanUpdate.of(states),) * layers,
+            probe=None,
+        )
+
+    def peak_of(batches: int) -> int:
+        journal, known = ProfileJournal(tmp_path / str(batches)), None
+        tracemalloc.start()
+        for number in range(batches):
+            known = merge_measurements([measured(number)] if known is None else [known, measured(number)])
+            journal.note(("t", "c"), "f", MeasuredRows(2 * number, known, 0.0))
+        journal.flush()
+        return tracemalloc.get_traced_memory()[1]
+
+    try:
+        few, many = peak_of(5), peak_of(50)
+    finally:
+        tracemalloc.stop()
+    assert many <= 1.05 * few

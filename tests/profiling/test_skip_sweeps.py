@@ -186,9 +186,9 @@ def test_rows_without_a_target_do_not_count_in_the_pool(qwen3, text_batch):
 def test_rows_without_a_target_are_named_where_each_row_is_asked_for(qwen3, text_batch):
     loss_mask = text_batch.loss_mask_BT.clone()
     loss_mask[[1, 3]] = 0
-    with pytest.raises(ProfilingError, match="row 1, row 3"):
+    with pytest.raises(ProfilingError, match="row 1: no scored token; row 3: no scored token"):
         NIWTProfiler(qwen3).delta_nll_per_sample(text_batch.input_ids_BT, text_batch.attention_mask_BT, loss_mask)
-    with pytest.raises(ProfilingError, match="none in: b, d"):
+    with pytest.raises(ProfilingError, match="2 bad samples: b: no scored token; d: no scored token"):
         NIWTProfiler(qwen3).measure(
             ProfileBatch(list("abcde"), text_batch.input_ids_BT, text_batch.attention_mask_BT, loss_mask)
         )

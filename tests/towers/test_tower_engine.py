@@ -13,10 +13,12 @@ import torch
 
 from nexus.assembly.evaluate import divergence_per_item, score_answers
 from nexus.data.records import Media, Record
-from nexus.errors import ConfigError, NotANumberError
+from nexus.errors import ConfigError, ProfilingError
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler
 from nexus.towers.engine import TeacherEngine
-from nexus.towers.loader import LoadedTower
+from nexus.towers.health import NotFiniteError, UniformOutputError
+from nexus.towers.loader import LoadedTower, load_tower
+from nexus.towers.registry import TeacherSpec
 from nexus.towers.rows import RowsError
 from nexus.towers.targets import ScoreRequest
 from nexus.towers.tax import divergence
@@ -104,7 +106,7 @@ def test_requests_that_do_not_fit_the_role_are_refused(
     text = text_request(("a",), ("b",))
     with pytest.raises(ConfigError, match="Expected completions to score for the language model 'tiny'"):
         engine(qwen).score(replace(text, completions=None))
-    with pytest.raises(ConfigError, match="rows of text for the language model 'tiny', found media"):
+    with pytest.raises(ConfigError, match="a processor of images or recordings for the language model 'tiny'"):
         engine(qwen).score(replace(text, media=(png(0),)))
     with pytest.raises(ConfigError, match="Expected media for the teacher 'tiny' of role encoder"):
         engine(siglip).score(replace(media_request((png(0),)), media=None))
@@ -231,7 +233,7 @@ def test_rows_for_which_alone_the_model_gives_nan_are_named_and_a_model_that_giv
         with pytest.raises(RowsError):
             engine(qwen).measure([text_records[2]])
         embedding.data.fill_(torch.nan)
-        with pytest.raises(NotANumberError, match="found NaN"):
+        with pytest.raises(ProfilingError, match="found NaN"):
             engine(qwen).measure(text_records)
     finally:
         embedding.data.copy_(kept)
@@ -332,3 +334,17 @@ def test_shipped_teachers_answer_held_out_rows_in_nf4(capability: str, role: Any
     right = score_answers(answers, [record.answer or record.completion or "" for record in records], kind)
     # At least .95 over all held-out rows; 80 of them scatter by .02.
     assert right.mean() >= 0.9
+
+
+def test_a_broken_copy_is_known_right_after_loading_and_named(
+    qwen_folder: Path, spec_of: Callable[..., TeacherSpec]
+) -> None:
+    copy = TeacherEngine(load_tower(spec_of(qwen_folder), device="cpu"), teacher_id="broken")
+    copy.probe()
+    head = copy.tower.model.get_output_embeddings().weight
+    head.data.zero_()
+    with pytest.raises(UniformOutputError, match="teacher 'broken' to prefer some tokens"):
+        copy.probe()
+    head.data.fill_(torch.nan)
+    with pytest.raises(NotFiniteError, match=r"'broken' to answer a fixed question after loading, found: not finite"):
+        copy.probe()

@@ -16,11 +16,10 @@ import transformers
 from transformers import SiglipConfig, SiglipModel, VideoMAEForPreTraining
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
-from nexus.data.media import read_media
 from nexus.errors import TowerLoadError
-from nexus.towers.check import probe_rows
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import TowerLoader
+from nexus.towers.probes import probe_media
 from nexus.towers.registry import load_registry
 from nexus.towers.targets import ScoreRequest
 from nexus.towers.tiny import write_tiny
@@ -106,7 +105,7 @@ def test_videomae_is_loaded_from_its_pretraining_checkpoint_and_sees_clips(
     crop = {"height": 32, "width": 32}
     processor = VideoMAEImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
     engine = load("videomae-large", VideoMAEForPreTraining(config), processor)
-    clips = tuple(read_media(record.media) for record in probe_rows(engine) if record.media is not None)
+    clips = probe_media(engine.tower)
     both = engine.score(media_request(clips, layers=(1,)))
     # Two tubes of two frames, 16 patches each.
     assert both.hidden[1].shape == (2, 32, 64)

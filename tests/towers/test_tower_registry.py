@@ -236,6 +236,10 @@ def test_registry_teacher_in_the_models_folder(registry: TeacherRegistry, tmp_pa
         "unused_weights": (),
         "remote_code": False,
         "base_path": None,
+        "library": "transformers",
+        "cache_dir": None,
+        "cache_min_parameters": 0,
+        "streamed": False,
     }
     assert pickle.loads(pickle.dumps(spec)) == spec
 

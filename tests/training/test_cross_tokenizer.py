@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,14 +11,19 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nexus.config import SAMPLES_DIR
+from nexus.errors import ConfigError, TowerLoadError
+from nexus.towers.targets import TokenTargets
 from nexus.training.cross_tokenizer import (
     CommonIds,
     SpanAlignment,
+    TextAligner,
     align_spans,
     common_ids,
     cross_tokenizer_loss,
+    token_ends,
 )
 from nexus.training.divergence import topk_tail_kl
 
@@ -287,3 +293,84 @@ def test_tokens_that_do_not_fit_the_alignment_are_refused() -> None:
     problem.kept, problem.logprobs = problem.kept[:1], problem.logprobs[:1]
     with pytest.raises(ValueError, match="teacher: expected"):
         problem()
+
+
+# From texts to spans.
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return [
+        AutoTokenizer.from_pretrained(SAMPLES_DIR / "teachers" / name) for name in ("sample-reasoning", "sample-code")
+    ]
+
+
+def _scored(tokenizer, texts: list[str], skip: tuple[int, ...] = ()) -> TokenTargets:
+    rows = [token_ends(tokenizer, text)[0][1 if row in skip else 0 :] for row, text in enumerate(texts)]
+    tokens = np.array([token for row in rows for token in row], dtype=np.int32)
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    empty = np.zeros((len(tokens), 1), dtype=np.float32)
+    return TokenTargets(offsets, tokens, empty.astype(np.int32), empty, empty[:, 0])
+
+
+TEXTS = ["Tom has 3 apples.\n#### 12", "", "if x:  y=1"]
+
+
+def test_where_tokens_end_is_told_for_every_token_and_the_end_of_sequence(tokenizers):
+    for tokenizer in tokenizers:
+        for text in TEXTS:
+            ids, ends = token_ends(tokenizer, text)
+            assert len(ids) == len(ends)
+            assert ids[-1] == tokenizer.eos_token_id
+            assert ends[-1] == len(text) + 1
+            assert (np.diff(ends) >= 0).all()
+            assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_spans_of_a_batch_hold_the_same_text_in_both_tokenizers(tokenizers):
+    student, teacher = tokenizers
+    aligner = TextAligner(student, teacher, name="code")
+    counts = [len(token_ends(student, text)[0]) for text in TEXTS]
+    rows = aligner.align(TEXTS, counts, _scored(teacher, TEXTS))
+    assert bool(rows.student_N.all())
+    assert bool(rows.teacher_M.all())
+    texts = []
+    for tokenizer, offsets in (
+        (student, rows.alignment.student_offsets_S1),
+        (teacher, rows.alignment.teacher_offsets_S1),
+    ):
+        ids = [token for text in TEXTS for token in token_ends(tokenizer, text)[0]]
+        assert offsets[-1] == len(ids)
+        spans = [ids[start:stop] for start, stop in itertools.pairwise(offsets)]
+        texts.append([tokenizer.decode([token for token in span if token != tokenizer.eos_token_id]) for span in spans])
+    assert texts[0] == texts[1]
+    assert "".join(texts[0]) == "".join(TEXTS)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_row_whose_first_token_one_model_cannot_score_is_left_out(tokenizers, whose):
+    student, teacher = tokenizers
+    aligner = TextAligner(student, teacher, name="code")
+    counts = [len(token_ends(student, text)[0]) for text in TEXTS]
+    if whose == "student":
+        counts[0] -= 1
+    rows = aligner.align(TEXTS, counts, _scored(teacher, TEXTS, skip=(0,) if whose == "teacher" else ()))
+    assert not rows.student_N[: counts[0]].any()
+    assert rows.student_N[counts[0] :].all()
+    rest = TextAligner(student, teacher, name="code").align(TEXTS[1:], counts[1:], _scored(teacher, TEXTS[1:]))
+    assert np.array_equal(rows.alignment.student_offsets_S1, rest.alignment.student_offsets_S1)
+    assert np.array_equal(rows.alignment.teacher_offsets_S1, rest.alignment.teacher_offsets_S1)
+    assert int(rows.teacher_M.sum()) == rest.alignment.teacher_offsets_S1[-1]
+
+
+def test_tokens_of_another_tokenizer_are_refused(tokenizers):
+    student, teacher = tokenizers
+    aligner = TextAligner(student, teacher, name="code")
+    counts = [len(token_ends(student, text)[0]) for text in TEXTS]
+    with pytest.raises(TowerLoadError, match="Expected code to score the tokens that its saved tokenizer makes"):
+        aligner.align(TEXTS, counts, _scored(student, TEXTS))
+
+
+def test_a_tokenizer_that_does_not_tell_where_its_tokens_end_is_refused(tokenizers):
+    with pytest.raises(ConfigError, match="found the slow one of bytes"):
+        TextAligner(tokenizers[0], ByT5Tokenizer(), name="bytes")

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from nexus.training.scheduler import LearningRateSchedule, ScheduleKind, cosine_decay
+from nexus.training.scheduler import LearningRateSchedule, ScheduleKind, cosine_decay, ramp_share
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
@@ -105,3 +105,35 @@ def test_cosine_decay_goes_from_start_to_end_and_stays() -> None:
 @pytest.mark.parametrize("total", [0, -1])
 def test_cosine_decay_over_no_steps_is_at_its_end(total: int) -> None:
     assert cosine_decay(1.0, 0.3, 0, total) == 0.3
+
+
+def test_wsd_warms_up_stays_and_falls_along_one_minus_the_square_root() -> None:
+    schedule = LearningRateSchedule(
+        optimizer(1.0), total_steps=20, warmup_steps=4, final_fraction=0.1, decay_share=0.25, kind="wsd"
+    )
+    fractions = [schedule.fraction(step) for step in range(22)]
+    assert fractions[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert fractions[4:15] == [1.0] * 11
+    assert fractions[15:20] == pytest.approx([1.0 - 0.9 * math.sqrt(n / 5) for n in range(1, 6)])
+    assert fractions[19:] == pytest.approx([0.1] * 3)
+    phases = []
+    for _ in range(21):
+        phases.append(schedule.phase)
+        schedule.step()
+    assert phases == ["warmup"] * 4 + ["constant"] * 11 + ["decay"] * 5 + ["done"]
+
+
+def test_a_fall_longer_than_what_is_left_begins_after_the_warm_up() -> None:
+    schedule = LearningRateSchedule(optimizer(1.0), total_steps=10, warmup_steps=4, decay_share=1.0, kind="wsd")
+    assert schedule.fraction(3) == 1.0
+    assert schedule.fraction(4) < 1.0
+
+
+def test_a_share_of_the_steps_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="decay_share: expected a share of the steps"):
+        LearningRateSchedule(optimizer(1.0), total_steps=10, decay_share=0.0, kind="wsd")
+
+
+def test_a_later_teacher_rises_from_nothing_to_its_whole_importance() -> None:
+    assert [ramp_share(step, 3, 4) for step in range(9)] == [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [ramp_share(step, 2, 0) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]

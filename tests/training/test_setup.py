@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nexus.config import SAMPLES_DIR, RunConfig, load_config
 from nexus.data.collate import tokenise_rows
@@ -16,14 +18,22 @@ from nexus.data.loader import iter_records
 from nexus.data.quarantine import read_quarantine
 from nexus.data.targets import TargetWriter
 from nexus.errors import ArtifactError, ConfigError
+from nexus.student.memory import NexusStudent
 from nexus.student.shipped import student_positions
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import load_tower
 from nexus.towers.registry import TeacherSpec, shipped_config
 from nexus.training.batches import Assignment
-from nexus.training.checkpoint import save_checkpoint
+from nexus.training.checkpoint import load_trained, save_checkpoint, trained_weights
 from nexus.training.facts import TeacherFacts
-from nexus.training.setup import build_loop, build_student_spec, load_trained_student, save_tokenizer
+from nexus.training.setup import (
+    build_loop,
+    build_student_spec,
+    load_trained_student,
+    save_teacher_tokenizer,
+    save_tokenizer,
+    training_fingerprint,
+)
 
 ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
 OVERRIDES = (
@@ -279,7 +289,7 @@ def test_a_checkpoint_gives_back_the_student_it_was_taken_of(run_dir, teachers, 
         tmp_path / "checkpoints" / "any",
         step=loop.step,
         fingerprint=config.fingerprint(),
-        weights=loop.objective.state_dict(),
+        weights=trained_weights(loop.objective),
         state=loop.state_dict(),
     )
     student, tokenizer = load_trained_student(config, tmp_path, "any", teachers, taught=taught)
@@ -293,3 +303,143 @@ def test_a_checkpoint_gives_back_the_student_it_was_taken_of(run_dir, teachers, 
 def test_a_missing_checkpoint_names_the_stage_that_writes_it(run_dir, teachers):
     with pytest.raises(ArtifactError, match=r"nowhere, found none\. Run `nexus distill` first"):
         load_trained_student(_config(), run_dir, "nowhere", teachers, taught=False)
+
+
+def test_averaged_weights_are_what_later_stages_get(run_dir, teachers, engines, tmp_path):
+    config = _config("distill.ema_decay=0.9")
+    (tmp_path / "tokenizer").symlink_to(run_dir / "tokenizer")
+    loop, _ = _loop(config, tmp_path, teachers, engines, taught=False)
+    loop.advance()
+    loop.advance()
+    save_checkpoint(
+        tmp_path / "checkpoints" / "any",
+        step=loop.step,
+        fingerprint=training_fingerprint(config),
+        weights=trained_weights(loop.objective),
+        state=loop.state_dict(),
+    )
+    student, _ = load_trained_student(config, tmp_path, "any", teachers, taught=False)
+    average = loop.average.state_dict()["weights"]
+    weights = dict(loop.objective.named_parameters())
+    found = dict(student.named_parameters())
+    name = "core.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found[name], average[f"student.{name}"])
+    assert not torch.equal(found[name], weights[f"student.{name}"])
+    assert student.core.lm_head.weight is student.core.embed_tokens.weight
+    assert torch.equal(student.core.lm_head.weight, average["student.core.embed_tokens.weight"])
+
+
+def test_a_pretrained_trunk_is_trained_by_updates_and_exported_without_them(
+    run_dir, teachers, engines, tokenizer, tmp_path
+):
+    torch.manual_seed(5)
+    trunk = tmp_path / "trunk"
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=max(len(tokenizer), *(teacher.vocabulary_size or 0 for teacher in teachers)),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=160,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(trunk)
+    for name in ("tokenizer", "targets"):
+        (tmp_path / name).symlink_to(run_dir / name)
+    config = _config(
+        f"student.trunk={trunk}", "student.tokenizer=null", "student.lora.rank=4", "distill.gradient_checkpointing=true"
+    )
+    assert student_positions(config) == 160
+    loop, _ = _loop(config, tmp_path, teachers, engines)
+    before = {name: tensor.clone() for name, tensor in loop.objective.named_parameters()}
+    reports, _ = _run(loop)
+    assert all(np.isfinite(report.total) for report in reports)
+    changed = {name for name, tensor in loop.objective.named_parameters() if not torch.equal(tensor, before[name])}
+    in_trunk = {name for name in changed if name.startswith("student.core.trunk.")}
+    assert in_trunk
+    assert all(".lora_" in name for name in in_trunk)
+    assert {name for name in changed if name.startswith("student.core.ports.")}
+    assert {name for name in changed if name.startswith("student.adapters.")}
+    weights = trained_weights(loop.objective)
+    assert not [name for name in weights if ".trunk." in name and ".lora_" not in name]
+    fingerprint = training_fingerprint(config)
+    state = loop.state_dict()
+    save_checkpoint(tmp_path / "checkpoints" / "any", step=2, fingerprint=fingerprint, weights=weights, state=state)
+    student, _ = load_trained_student(config, tmp_path, "any", teachers, taught=True)
+    student.drop_alignments()
+    student.save_pretrained(tmp_path / "student")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = loop.objective.eval().student.core(ids).logits
+    with (trunk / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert training_fingerprint(config) != fingerprint
+    shutil.rmtree(trunk)
+    alone = NexusStudent.from_pretrained(tmp_path / "student").eval()
+    assert not [name for name in alone.state_dict() if "lora" in name]
+    torch.testing.assert_close(alone.core(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_passes_leave_weights_and_losses_in_float32(run_dir, teachers, engines):
+    totals = []
+    for precision in ("float32", "bfloat16"):
+        loop, _ = _loop(_config(f"distill.precision={precision}"), run_dir, teachers, engines)
+        reports, _ = _run(loop)
+        totals.append([report.total for report in reports])
+        assert {parameter.dtype for parameter in loop.objective.parameters()} == {torch.float32}
+    assert totals[0] != totals[1]
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
+def test_recomputed_activations_give_the_same_losses(run_dir, teachers, engines):
+    totals = []
+    for choice in ("false", "true"):
+        loop, _ = _loop(_config(f"distill.gradient_checkpointing={choice}"), run_dir, teachers, engines)
+        reports, _ = _run(loop)
+        totals.append([report.total for report in reports])
+    assert totals[1] == pytest.approx(totals[0], rel=1e-6)
+
+
+def test_weights_of_another_student_are_refused_by_name(run_dir, teachers, engines):
+    loop, _ = _loop(_config(), run_dir, teachers, engines, taught=False)
+    weights = trained_weights(loop.objective)
+    name = sorted(weights)[0]
+    with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
+        load_trained(loop.objective, {key: tensor for key, tensor in weights.items() if key != name})
+
+
+def test_a_weight_of_answers_that_no_teacher_needs_is_refused(run_dir, teachers, engines):
+    shared = tuple(replace(teacher, shares_tokenizer=True) for teacher in teachers)
+    with pytest.raises(ConfigError, match="response_weight: expected the default"):
+        _loop(_config("distill.response_weight=0.5"), run_dir, shared, engines, taught=False)
+
+
+def test_a_teacher_of_another_tokenizer_is_also_compared_span_by_span_where_that_is_chosen(run_dir, teachers, engines):
+    save_teacher_tokenizer(SAMPLES_DIR / "teachers" / "sample-code", run_dir, "sample-code")
+    reports = {}
+    for choice in ("responses", "spans"):
+        loop, source = _loop(_config(f"distill.cross_tokenizer={choice}"), run_dir, teachers, engines)
+        asked = []
+        submit = source.submit
+        source.submit = lambda key, teacher, request, asked=asked, submit=submit: (
+            asked.append((teacher, request.temperature)),
+            submit(key, teacher, request),
+        )
+        reports[choice] = loop.advance()
+        assert ("sample-code", 1.0 if choice == "spans" else 2.0) in asked
+        assert ("sample-reasoning", 2.0) in asked
+    assert reports["responses"].aligned == {}
+    assert set(reports["spans"].aligned) == {"sample-code"}
+    assert 0.0 < reports["spans"].aligned["sample-code"] <= 1.0
+    assert reports["spans"].kd["sample-code"] > reports["responses"].kd["sample-code"]
+    assert reports["spans"].kd["sample-reasoning"] == reports["responses"].kd["sample-reasoning"]
+    assert reports["spans"].grad_norm != reports["responses"].grad_norm
+
+
+def test_spans_without_a_teacher_of_another_tokenizer_are_refused(run_dir, teachers, engines):
+    shared = tuple(replace(teacher, shares_tokenizer=True) for teacher in teachers)
+    with pytest.raises(ConfigError, match="cross_tokenizer: expected a language model whose tokenizer"):
+        _loop(_config("distill.cross_tokenizer=spans"), run_dir, shared, engines, taught=False)

@@ -154,6 +154,7 @@ def test_hidden_states_and_auto_cannot_be_cached():
             SAME,
             rows,
             temperature=1.0,
+            by_span=False,
             top_k=4,
             transport=TokenTransport(kind, max_error=0.1),
             capability=CAPABILITIES[0],
@@ -169,23 +170,38 @@ def test_settings_name_the_number_that_a_transport_has():
         (TokenTransport("full"), None),
     ):
         request = score_request(
-            SAME, text_rows(), temperature=1.0, top_k=4, transport=transport, capability=CAPABILITIES[0]
+            SAME, text_rows(), temperature=1.0, by_span=False, top_k=4, transport=transport, capability=CAPABILITIES[0]
         )
         found = settings_of(request, SAME)
         assert (found.transport, found.width, request.capability) == (transport.kind, width, "math")
 
 
 def test_only_a_teacher_whose_answers_say_everything_is_not_asked():
-    assert not is_asked(facts("other", critical_layers=()))
-    assert is_asked(facts("other"))
-    assert is_asked(facts("same", critical_layers=()))
-    assert is_asked(facts("labels", critical_layers=()))
+    assert not is_asked(facts("other", critical_layers=()), by_span=False)
+    assert is_asked(facts("other", critical_layers=()), by_span=True)
+    assert is_asked(facts("other"), by_span=False)
+    assert is_asked(facts("same", critical_layers=()), by_span=False)
+    assert is_asked(facts("labels", critical_layers=()), by_span=False)
+
+
+def test_spans_are_compared_at_temperature_1():
+    for by_span, temperature in ((False, 2.0), (True, 1.0)):
+        request = score_request(
+            facts("other"),
+            text_rows(),
+            temperature=2.0,
+            by_span=by_span,
+            top_k=4,
+            transport=None,
+            capability=CAPABILITIES[0],
+        )
+        assert request.temperature == temperature
 
 
 def test_a_language_model_needs_completions():
     row = replace(text_rows(1)[0], completion=None)
     with pytest.raises(TowerLoadError, match="Extract the teacher's answers first"):
-        score_request(SAME, [row], temperature=1.0, top_k=4, transport=None, capability=CAPABILITIES[0])
+        score_request(SAME, [row], temperature=1.0, by_span=False, top_k=4, transport=None, capability=CAPABILITIES[0])
 
 
 def test_nothing_moved_is_no_bytes_per_token():
