@@ -664,4 +664,6 @@ def test_where_the_plan_found_no_conflict_the_steps_between_are_plain(spec, toke
     _, expected = _run(plain)
     assert reports[0].surgery.plan.conflicts == 0
     assert [report.total for report in reports] == pytest.approx([report.total for report in expected], rel=1e-4)
-    assert [report.grad_norm for report in reports] == pytest.approx([report.grad_norm for report in expected], rel=1e-3)
+    assert [report.grad_norm for report in reports] == pytest.approx(
+        [report.grad_norm for report in expected], rel=1e-3
+    )
