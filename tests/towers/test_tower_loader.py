@@ -113,6 +113,19 @@ def test_gradients_reach_what_feeds_a_teacher_and_never_its_weights(qwen: Loaded
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in qwen.model.parameters())
 
 
+def test_training_through_a_teacher_leaves_its_weights_bit_by_bit(qwen: LoadedTower) -> None:
+    before = {name: tensor.clone() for name, tensor in qwen.model.state_dict().items()}
+    adapter = torch.nn.Linear(8, 64)
+    optimizer = torch.optim.AdamW([*adapter.parameters(), *qwen.model.parameters()], lr=0.1, weight_decay=0.1)
+    start = adapter.weight.detach().clone()
+    for _ in range(2):
+        qwen.model(inputs_embeds=adapter(torch.ones(1, 5, 8))).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(adapter.weight, start)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in qwen.model.state_dict().items())
+
+
 def test_quantised_weights_survive_saving_and_loading_bit_by_bit(qwen: LoadedTower, tmp_path: Path) -> None:
     qwen.model.save_pretrained(tmp_path)
     again = Qwen3ForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()

@@ -12,8 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -237,6 +241,17 @@ def test_fused_experts_are_planned_and_experts_of_another_form_are_refused(text_
     model.model.layers[1].mlp.experts.is_transposed = True
     with pytest.raises(TowerLoadError, match=r"teacher 'tiny', found 'model\.layers\.1\.mlp\.experts': .*transposed"):
         plan(model, min_coverage=0.7)
+
+
+def test_the_experts_of_mixtral_and_the_matrices_of_clip_are_reached(text_config: dict[str, Any]) -> None:
+    mixtral = on_meta(MixtralForCausalLM, MixtralConfig(**{**text_config, "num_local_experts": 4}))
+    planned = plan(mixtral, min_coverage=0.9)
+    assert len(planned.experts) == 3
+    assert not [name for name in planned.matrices if name.endswith(("gate", "router", "lm_head"))]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = on_meta(CLIPVisionModel, CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+    linear = {name for name, module in clip.named_modules() if type(module) is torch.nn.Linear}
+    assert set(plan(clip, min_coverage=0.7).matrices) == linear
 
 
 def test_experts_that_the_policy_leaves_in_floating_point_are_gated_by_the_share(text_config: dict[str, Any]) -> None:
