@@ -191,6 +191,7 @@ class _AnswerStream:
 
     def run(self, batches: Iterator[tuple[int, tuple[Record, ...]]]) -> Iterator[TeacherAnswer]:
         failure: NexusError | None = None
+        num_read = [0] * len(self._works)
         while True:
             try:
                 batch = next(batches, None)
@@ -199,6 +200,7 @@ class _AnswerStream:
             if batch is None:
                 break
             index, records = batch
+            num_read[index] += len(records)
             while self._is_full(self._works[index].teacher):
                 yield from self._next_answer()
             self._asked[index].append(self._ask(index, records))
@@ -206,8 +208,15 @@ class _AnswerStream:
             yield from self._next_answer()
         if failure is not None:
             raise failure
+        # The first rows of a file do not tell its share of bad ones.
+        whole = {
+            path
+            for work, count in zip(self._works, num_read, strict=True)
+            for path in work.paths
+            if work.max_rows is None or count < work.max_rows
+        }
         for file, row in self._last_rows.items():
-            self._quarantine.check(file, row)
+            self._quarantine.check(file, row, final=file in whole)
 
     def leave(self) -> None:
         """Let go of what nobody waits for any more."""

@@ -79,6 +79,9 @@ def test_too_many_rows_that_the_teacher_cannot_take_stop_the_stream(teacher, tmp
     path.write_text("".join(json.dumps({"question": "six " * (400 if n else 1)}) + "\n" for n in range(3)))
     with pytest.raises(DataError, match=r"at most 10\.00% bad rows in .*, found 2 of 3 \(row 2: .*tokens of the"):
         list(_stream([_work(path)], teacher, tmp_path, bad_share=0.1))
+    # Of a file whose first rows alone were wanted nobody knows how many are bad.
+    (answer,) = _stream([_work(path, max_rows=2, counts_rejected=True)], teacher, tmp_path, bad_share=0.1)
+    assert (len(answer.records), answer.num_rejected) == (1, 1)
 
 
 def test_an_unreadable_file_is_its_own_clear_error(teacher, tmp_path):
