@@ -324,6 +324,8 @@ def test_a_model_without_blocks_has_nothing_to_stream(spec_of: Callable[..., Tea
     assert block_names(ResNetModel(config), "encoder") == ()
     with pytest.raises(TowerLoadError, match="found no transformer blocks in teacher 'tiny'"):
         _refuse_unstreamable(spec_of(tmp_path, "encoder"), (), quantise=True)
+    with pytest.raises(TowerLoadError, match="role codec"):
+        _refuse_unstreamable(spec_of(tmp_path, "codec"), ("layers.0",), quantise=True)
 
 
 def test_a_checkpoint_that_does_not_fit_its_class_is_refused_as_in_memory(
