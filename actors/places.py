@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -164,7 +165,13 @@ def _probe(node_id: str, number: int) -> tuple[int, ...]:
         **options, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
     )
     reference: Any = task.remote()
-    sizes: Sequence[int] = ray.get(reference, timeout=PROBE_TIMEOUT_S)
+    try:
+        sizes: Sequence[int] = ray.get(reference, timeout=PROBE_TIMEOUT_S)
+    except GetTimeoutError:
+        raise ClusterError(
+            f"Expected the {number} GPUs of node {node_id} to say what is free within {PROBE_TIMEOUT_S:.0f} s, found no answer: "
+            "something else holds them. End that, or set cluster.gpu_gib."
+        ) from None
     if len(sizes) != number:
         raise ClusterError(
             f"Expected {number} GPUs that CUDA can open on node {node_id}, found {len(sizes)}. Set cluster.gpu_gib to their free "

@@ -8,10 +8,10 @@ rows in the same order (8 of 128 tokens a step), forward KL at temperature 1, Ad
 contender is a process of its own with two cores in all: two threads, or one for the student and one of each teacher's actor. Rounds
 run every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
 evaluated in between; seconds are the median over all steps of all rounds, with the least beside it and, where all work is in one
-process, the CPU seconds of its threads (on a machine that others use too, their ratio is the steadier one).
+process, the CPU seconds of its threads (where others use the machine too, their ratio is the steadier one).
 
-TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too; this
-folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
+TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too;
+this folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
 
     heldout_kl_difference          nexus in process against the plain loop, nats per token on rows that nobody trained on
     speedup_over_plain_loop        nexus in process (DistillationLoop, hidden states, one-pass divergence)
@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, BATCH = 4096, 128, 8
 WARM_UP = 5
 TEACHER_STEPS = 200
+"""Enough for a teacher that prefers some tokens; what it knows is not measured here."""
 HELD_OUT_ROWS = 64
 LEARNING_RATE, FINAL_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.02, 0.01, 1.0
 SLOW = (0.5, 1.0, 2.0, 4.0)
@@ -62,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of training the teacher")
     parser.add_argument("--trl-python", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keeps the trained teacher between runs")
@@ -76,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arguments.work = (arguments.work or Path(scratch)).resolve()
         if not (arguments.work / "task.pt").is_file():
-            _prepare(arguments.work)
+            _prepare(arguments.work, arguments.teacher_steps)
         ratios: dict[str, float] = {}
         for name in arguments.only:
             found = PARTS[name](arguments)
@@ -127,6 +129,16 @@ def _in_process(arguments: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def _cached_epoch(arguments: argparse.Namespace) -> dict[str, float]:
+    runs = _rounds(arguments, ["live", "cached"])
+    live, cached = (statistics.median(_steps(runs[name])) for name in ("live", "cached"))
+    cpu_live, cpu_cached = (statistics.median(_steps(runs[name], "cpu_seconds")) for name in ("live", "cached"))
+    print(
+        f"  live {1e3 * live:.1f} ms, cached {1e3 * cached:.1f} ms a step; CPU {1e3 * cpu_live:.1f} and {1e3 * cpu_cached:.1f}"
+    )
+    return {"cached_epoch_speedup": live / cached, "cached_epoch_speedup_cpu": cpu_live / cpu_cached}
+
+
 def _overlap(arguments: argparse.Namespace) -> dict[str, float]:
     found = {}
     for factor in SLOW:
@@ -171,6 +183,7 @@ def _loss(arguments: argparse.Namespace) -> dict[str, float]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "speed": _in_process,
+    "cached": _cached_epoch,
     "overlap": _overlap,
     "four": _four_teachers,
     "loss": _loss,
@@ -228,7 +241,7 @@ def _quiet_stdout() -> Iterator[Any]:
 # --- the task -----------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(work: Path) -> None:
+def _prepare(work: Path, teacher_steps: int) -> None:
     """Tokenizer, rows, teacher and initial student."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -268,7 +281,7 @@ def _prepare(work: Path) -> None:
     )  # fmt: skip
     train = tokens[HELD_OUT_ROWS:]
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
-    for step in range(TEACHER_STEPS):
+    for step in range(teacher_steps):
         batch = train[torch.randint(len(train), (16,), generator=torch.Generator().manual_seed(step))]
         loss = teacher(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
@@ -622,6 +635,44 @@ def _nexus(arguments: argparse.Namespace) -> dict[str, Any]:
     return _result(clock, loop.objective.student.core, engine.tower.model, task["tokens"])
 
 
+def _live(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Top-k targets from a teacher of this process."""
+    task, engine = _task(arguments), _engine(arguments)
+    loop = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk", window=1)
+    clock, _ = _advance(loop)
+    return dict(clock.steps())
+
+
+def _cached(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same from Parquet, which an epoch before wrote."""
+    from nexus.data.targets import ScoreWriter
+    from nexus.towers.packing import pack_targets
+    from nexus.training.batches import Assignment
+    from nexus.training.requests import settings_of
+    from nexus.training.sources import SCORES_DIR, CachedSource
+
+    task, engine = _task(arguments), _engine(arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+        loop = _loop(arguments, task, engine.fingerprint, _EngineSource({}), transport="topk", window=1)
+        objective, assignment = loop.objective, Assignment(TEACHER, "code")
+        facts = objective.teachers[TEACHER]
+        steps = [loop.batches.peek(ahead).unlabelled[assignment] for ahead in range(_total(arguments) + 1)]
+        writer = ScoreWriter(
+            Path(scratch) / TEACHER / SCORES_DIR,
+            capability="code",
+            settings=settings_of(objective.request(assignment, steps[0]), facts),
+            rows_per_file=256,
+        )
+        for records in steps:
+            targets = engine.score(objective.request(assignment, records))
+            writer.write(pack_targets(targets, vocabulary_size=VOCABULARY))
+        writer.finish()
+        del engine
+        source = CachedSource(Path(scratch), {TEACHER: facts})
+        clock, _ = _advance(_loop(arguments, task, facts.fingerprint, source, transport="topk", window=1))
+    return dict(clock.steps())
+
+
 @contextmanager
 def _ray_pool(arguments: argparse.Namespace, teachers: Sequence[str], sleeps: Mapping[str, float]) -> Iterator[Any]:
     """Teachers as actors of a local Ray, one thread each; a slow one sleeps until its call has taken as long as it should."""
@@ -740,6 +791,8 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "trl": _trl,
     "trl_loss": _trl_loss,
     "nexus": _nexus,
+    "live": _live,
+    "cached": _cached,
     "ray": _ray,
     "overlap": _overlapped,
     "serial4": _serial4,

@@ -612,8 +612,7 @@ def teachers_tax(
     from jobs.teachers import quiet_libraries
 
     run, source, note = load_run_config(config, tuple(overrides or ()))
-    if not as_json:
-        typer.echo(f"configuration: {source}{note}")
+    typer.echo(f"configuration {source}{note}", err=True)
     quiet_libraries()
     rows = []
     for row in measure_taxes(run, _ids(teachers), max_rows=max_rows, models_dir=models_dir):

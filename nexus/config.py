@@ -154,7 +154,7 @@ class LoraSection(ConfigSection):
     """Low-rank updates on every linear map of a pretrained trunk's layers (LoRA, arXiv 2106.09685)."""
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, gt=0)
     """The update is scaled by alpha / rank."""
 
 

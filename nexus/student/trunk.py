@@ -48,7 +48,8 @@ class PretrainedCore(NexusStudentCore):
 
     config: PretrainedCoreConfig
     config_class = PretrainedCoreConfig
-    _tied_weights_keys = None
+    # The pretrained model ties its own.
+    _tied_weights_keys = {}  # noqa: RUF012
     supports_gradient_checkpointing = True
 
     def __init__(self, config: PretrainedCoreConfig) -> None:
@@ -67,7 +68,7 @@ class PretrainedCore(NexusStudentCore):
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
-    def lm_head(self) -> nn.Module:  # type: ignore[override]
+    def lm_head(self) -> nn.Module:
         """The map from last states to logits."""
         head: nn.Module = self.trunk.get_output_embeddings()
         return head
@@ -162,7 +163,7 @@ class PretrainedCore(NexusStudentCore):
         self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in self.trunk.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = self._recomputed
+                setattr(module, "_gradient_checkpointing_func", self._recomputed)  # noqa: B010  # modules type their attributes
 
     def _recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function` under checkpointing; the recomputation reads the contexts that this forward pass had."""
@@ -268,13 +269,14 @@ def load_pretrained(core: PretrainedCore, folder: Path) -> None:
             f"{' '.join(str(error).split())[:300]}. Fetch the checkpoint again."
         ) from error
     _check_head(trunk, folder)
-    if core.config.vocab_size != trunk.get_output_embeddings().weight.shape[0]:
+    head = trunk.get_output_embeddings()
+    if core.config.vocab_size != head.weight.shape[0]:
         trunk.resize_token_embeddings(core.config.vocab_size)
     core.trunk = trunk.requires_grad_(False)
     core._hook_ports()
 
 
-def add_lora(core: PretrainedCore, *, rank: int, alpha: float) -> None:
+def add_lora(core: PretrainedCore, *, rank: int, alpha: int) -> None:
     """Put a low-rank update, 0 at first, on every linear map of the trunk's layers; only the updates and the ports then train."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -306,8 +308,7 @@ def build_core(config: NexusStudentConfig) -> NexusStudentCore:
 
 def _check_head(trunk: PreTrainedModel, folder: Path) -> None:
     """The losses apply the output layer themselves: soft caps or scales behind it would be lost."""
-    vocabulary = trunk.get_input_embeddings().weight.shape[0]
-    ids_1T = torch.arange(min(8, vocabulary))[None]
+    ids_1T = torch.arange(min(8, trunk.config.get_text_config(decoder=True).vocab_size))[None]
     with torch.no_grad():
         states = trunk.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
         expected = trunk(input_ids=ids_1T, use_cache=False).logits

@@ -251,10 +251,7 @@ class _Draft:
         tensors, ties = stored_state(model)
         for name, group in _by_block(tensors, blocks).items():
             # A block whose matrices were spilled has a file already.
-            if group and name in self.files:
-                self.add(name.replace("-0.", "-1."), group)
-            elif group or name == REST:
-                self.add(name, group)
+            self.add(name.replace("-0.", "-1.") if name in self.files else name, group)
         return self.publish(manifest.model_copy(update={"files": dict(self.files), "ties": ties}))
 
     def publish(self, manifest: CacheManifest) -> CacheEntry:
@@ -388,10 +385,10 @@ def _other_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _by_block(tensors: Mapping[str, Tensor], blocks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """File name -> its tensors."""
-    files: dict[str, dict[str, Tensor]] = {REST: {}, **{block_file(index): {} for index in range(len(blocks))}}
+    files: dict[str, dict[str, Tensor]] = {REST: {}}
     for name, tensor in tensors.items():
         index = _block_of(name, blocks)
-        files[REST if index is None else block_file(index)][name] = tensor
+        files.setdefault(REST if index is None else block_file(index), {})[name] = tensor
     return files
 
 

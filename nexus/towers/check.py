@@ -156,12 +156,24 @@ def _rows_of_environment(
         [str(python), "-m", "nexus.vendors.check", json.dumps(asked)],
         capture_output=True, text=True, check=False, env={**os.environ, **process_environment()},
     )  # fmt: skip
-    documents = {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
+    # Some packages greet on standard output.
+    said = [line for line in done.stdout.splitlines() if line.startswith('{"id": ')]
+    documents: dict[str, dict[str, Any]] = {row["id"]: row for row in map(json.loads, said)}
     for entry in entries:
         if entry.id in documents:
             document = documents[entry.id]
-            given = {"targets": tuple(document.pop("targets", ()))}
-            rows[entry.id] = replace(_row(entry, "failed", None, start), **document, **given)
+            rows[entry.id] = CheckRow(
+                id=entry.id,
+                status=document["status"],
+                reason=document["reason"],
+                role=entry.role,
+                quantised=document.get("quantised", False),
+                quantised_share=document.get("quantised_share"),
+                quantisable_share=document.get("quantisable_share"),
+                bits_per_param=document.get("bits_per_param"),
+                targets=tuple(document.get("targets", ())),
+                seconds=document["seconds"],
+            )
         elif entry.id not in rows:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             remedy = f"Make the environment again: make teacher-env NAME={entry.library}"

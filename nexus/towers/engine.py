@@ -168,8 +168,9 @@ class TeacherEngine:
                     "images or audio."
                 )
             if self.role == "codec":
-                model = self.tower.model
-                coded = score_codec(model, self.tower.processor.sampling_rate, CODECS[type(model).__name__], request)
+                model, processor = self.tower.model, self.tower.processor
+                assert processor is not None, "a codec does not load without one"
+                coded = score_codec(model, processor.sampling_rate, CODECS[type(model).__name__], request)
             elif self.role == "codec_lm":
                 tokens, hidden = codec_lm.score_recordings(self.tower.model, self.tower.processor, request)
             else:

@@ -445,12 +445,13 @@ def _load_model(
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
-    blocks = block_names(skeleton, spec.role)
+    is_small = skeleton.num_parameters() < spec.cache_min_parameters
+    is_kept = quantise and spec.cache_dir is not None and not is_small
+    blocks = block_names(skeleton, spec.role) if is_kept or spec.streamed else ()
     if spec.streamed:
         _refuse_unstreamable(spec, blocks, quantise=quantise)
     require_memory(spec.id, skeleton, plan, dtype, device, streamed_blocks=blocks if spec.streamed else ())
-    is_small = skeleton.num_parameters() < spec.cache_min_parameters
-    if not quantise or spec.cache_dir is None or (is_small and not spec.streamed):
+    if spec.cache_dir is None or not (is_kept or spec.streamed):
         model, coverage, _ = _read_checkpoint(spec, checkpoint, skeleton, model_class, device, dtype, plan)
         return _LoadedModel(model, coverage, weights_digest(checkpoint))
     cache = QuantisedCache(Path(spec.cache_dir).expanduser())

@@ -40,7 +40,7 @@ def score_transcripts(
     rows = [[*ids, int(tokenizer.eos_token_id)] for ids in encoded]
     limit = int(model.config.max_target_positions)
     _refuse(
-        f"Expected transcripts of at most {limit - len(prompt) + 1} tokens of the teacher with their end token; shorten or drop the rows.",
+        f"Expected transcripts of at most {limit - len(prompt) + 1} tokens of the teacher; shorten or drop the rows.",
         {
             row_id: f"{len(ids)} tokens"
             for row_id, ids in zip(request.row_ids, rows, strict=True)

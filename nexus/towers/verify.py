@@ -69,7 +69,8 @@ def _verify(entry: TeacherEntry, models_dir: Path | None) -> VerifyRow:
         spec = resolve_entry(entry, models_dir=models_dir)
     except NexusError as error:
         return VerifyRow(entry.id, "absent", str(error), (), tuple(online))
-    folder = Path(spec.path)
+    # A link in the models folder may lead into the hub's cache.
+    folder = Path(spec.path).resolve()
     try:
         _compare_files(folder, verified, online)
         _compare_revision(entry, folder, verified, online)

@@ -15,7 +15,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -97,14 +97,9 @@ class LoopSettings:
     steps: int
     optimizer: Literal["adamw", "muon"]
     learning_rate: float
-    schedule: ScheduleKind
     warmup_steps: int
-    final_rate: float
-    decay_share: float
     weight_decay: float
     grad_clip: float
-    accumulate: int
-    ema_decay: float | None
     gold_weight: float
     anchor_start: float
     anchor_end: float
@@ -113,10 +108,16 @@ class LoopSettings:
     checkpoint_every: int
     surgery_method: SurgeryMethod
     surgery_every: int
-    surgery_subset: Literal["adapters_and_trunk", "adapters", "trunk"]
-    ramps: Mapping[str, tuple[int, int]]
-    """Teacher -> (first step, steps over which its importance rises from 0); others take part in full from the start."""
     seed: int
+    # What a loop in a notebook or a benchmark need not choose.
+    schedule: ScheduleKind = "cosine"
+    final_rate: float = 0.02
+    decay_share: float = 0.2
+    accumulate: int = 1
+    ema_decay: float | None = None
+    surgery_subset: Literal["adapters_and_trunk", "adapters", "trunk"] = "adapters_and_trunk"
+    ramps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Teacher -> (first step, steps over which its importance rises from 0); others take part in full from the start."""
 
 
 @dataclass(frozen=True)

@@ -225,11 +225,8 @@ class SurgerySteps:
         self._generator.set_state(state["generator"])
         self._teachers = tuple(state["teachers"])
         self._age = state["age"]
-        self._plan = (
-            SurgeryPlan(*(state[name].numpy().copy() for name in ("norms_N", "cosines_NN", "projections_NN")))  # type: ignore[literal-required]
-            if self._teachers
-            else None
-        )
+        arrays = [state[name].numpy().copy() for name in ("norms_N", "cosines_NN", "projections_NN")]
+        self._plan = SurgeryPlan(*arrays) if self._teachers else None
 
 
 def backward_in_parts(

@@ -65,10 +65,13 @@ def kinds(targets: TeacherTargets) -> list[str]:
 
 def main() -> None:
     """Try every teacher of the argument."""
+    rows = sys.stdout
+    # The packages' greetings are not rows.
+    sys.stdout = sys.stderr
     registry = load_registry()
     for teacher, folder in json.loads(sys.argv[1]):
         row = try_teacher(registry.get(teacher), None if folder is None else Path(folder))
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row), file=rows, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ one matrix at a time; the vendor's own loading, which may reach for a hub or fil
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from nexus.towers.health import NotFiniteError, check_targets
 from nexus.towers.probes import tone
 from nexus.towers.registry import TeacherSpec
 from nexus.towers.rows import RowsError
-from nexus.towers.targets import ScoreRequest, TeacherTargets, TokenTargets
+from nexus.towers.targets import CodecTargets, ScoreRequest, TeacherTargets, TokenTargets
 from nexus.towers.transports import pack_topk
 
 
@@ -124,7 +126,10 @@ class VendorEngine:
             raise ConfigError(
                 f"Expected layers of {self.teacher_id!r} between 0 and {self.num_layers - 1}, found {unknown[0]}. Choose among them."
             )
-        tokens, hidden, codec, codebooks = None, {}, None, None
+        tokens: TokenTargets | None = None
+        hidden: dict[int, np.ndarray] = {}
+        codec: CodecTargets | None = None
+        codebooks: int | None = None
         if self._loaded.codec is not None:
             codec = score_codec(self._loaded.model, self.sampling_rate, self._loaded.codec, request)
         else:
@@ -216,11 +221,10 @@ def load_vendor_engine(spec: TeacherSpec, *, quantise: bool = True) -> VendorEng
         TowerLoadError: files that are not what the spec demands.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if spec.library == "qwen-tts":
-        from nexus.vendors import qwen_tts as vendor
-    else:
-        from nexus.vendors import parler_tts as vendor
-    load: Callable[..., tuple[VendorModel, PackedShare, str]] = vendor.load
+    module = importlib.import_module(
+        {"qwen-tts": "nexus.vendors.qwen_tts", "parler-tts": "nexus.vendors.parler_tts"}[spec.library]
+    )
+    load: Callable[..., tuple[VendorModel, PackedShare, str]] = module.load
     loaded, coverage, digest = load(spec, device, quantise=quantise and spec.quantise)
     if quantise and spec.quantise and coverage.share < spec.min_coverage:
         raise TowerLoadError(
@@ -284,7 +288,7 @@ def _matrices(model: nn.Module, spec: TeacherSpec) -> tuple[str, ...]:
 
 
 def _share(model: nn.Module, matrices: Sequence[str], read: ReadTensor, spec: TeacherSpec) -> PackedShare:
-    packed = {name: model.get_submodule(name) for name in matrices}
+    packed: dict[str, Any] = {name: model.get_submodule(name) for name in matrices}
     own = {id(module.weight) for module in packed.values()}
     floats = {id(p): p for p in model.parameters() if id(p) not in own}
     in_float = sum(parameter.numel() for parameter in floats.values())
@@ -303,7 +307,7 @@ def _share(model: nn.Module, matrices: Sequence[str], read: ReadTensor, spec: Te
                 f"{spec.id!r}. Add it to the teacher's skip_modules."
             )
         largest = max(largest, error)
-    quantised = sum(int(np.prod(module.weight.quant_state.shape)) for module in packed.values())
+    quantised = sum(math.prod(module.weight.quant_state.shape) for module in packed.values())
     bits = sum(stored_bits(module) for module in packed.values())
     total = quantised + in_float
     float_bytes = sum(parameter.numel() * parameter.element_size() for parameter in floats.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parler_tts import ParlerTTSConfig, ParlerTTSForConditionalGeneration
+from parler_tts import ParlerTTSConfig, ParlerTTSForConditionalGeneration  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import AutoTokenizer
 

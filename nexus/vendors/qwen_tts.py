@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSConfig
-from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration
-from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config
-from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model
+from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSConfig  # type: ignore[import-not-found]
+from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration  # type: ignore[import-not-found]
+from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config  # type: ignore[import-not-found]
+from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import AutoTokenizer
 

@@ -54,8 +54,8 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _qwen_codec() -> nn.Module:
-    from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config
-    from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model
+    from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config  # type: ignore[import-not-found]
+    from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model  # type: ignore[import-not-found]
 
     encoder = {
         "hidden_size": 32, "num_filters": 8, "upsampling_ratios": [2, 2], "codebook_size": NUM_CODES, "codebook_dim": 16,
@@ -76,8 +76,8 @@ def _qwen_codec() -> nn.Module:
 
 
 def _qwen_talker(folder: Path) -> None:
-    from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSConfig
-    from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration
+    from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSConfig  # type: ignore[import-not-found]
+    from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSForConditionalGeneration  # type: ignore[import-not-found]
 
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -101,7 +101,7 @@ def _qwen_talker(folder: Path) -> None:
 
 
 def _parler(folder: Path) -> None:
-    from parler_tts import ParlerTTSConfig, ParlerTTSDecoderConfig, ParlerTTSForConditionalGeneration
+    from parler_tts import ParlerTTSConfig, ParlerTTSDecoderConfig, ParlerTTSForConditionalGeneration  # type: ignore[import-not-found]
     from transformers import DacConfig, T5Config
 
     text = T5Config(d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2, vocab_size=128)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -10,7 +12,7 @@ from actors.cluster import prepare_environment, resolve_cluster
 from actors.places import cluster_shape, plan_places, reserve_places
 from nexus.config import load_config
 from nexus.errors import ClusterError
-from nexus.serving.placement import GIB, PlacementError, TenantNeed, plan_placement
+from nexus.serving.placement import GIB, TenantNeed, plan_placement
 from nexus.towers.registry import load_registry, resolve_teacher, shipped_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -20,7 +22,9 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 def eight_gpus():
     """Two nodes on this machine, five and three GPUs that do not exist."""
     prepare_environment(resolve_cluster("local"))
-    cluster = Cluster(head_node_args={"num_cpus": 2, "num_gpus": 5, "object_store_memory": 80 * 2**20})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 5, "object_store_memory": 80 * 2**20}
+    )
     leaver = cluster.add_node(num_cpus=1, num_gpus=3, object_store_memory=80 * 2**20)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster, leaver
@@ -43,7 +47,7 @@ def need(name: str, gib: int, *, flops: float = 1e16) -> TenantNeed:
 def test_actors_share_the_gpus_that_the_plan_gives_them_and_no_other(eight_gpus):
     shape = cluster_shape(24.0)
     assert [len(node.gpu_bytes) for node in shape.nodes] == [5, 3]
-    placement = plan_placement([need(f"t{n}", 9) for n in range(12)], shape.nodes, purpose="train")
+    placement = plan_placement([need(f"t{n}", 9) for n in range(16)], shape.nodes, purpose="train")
     options = reserve_places(placement, shape)
     actors = {
         (place.id, copy): ray.remote(Where).options(num_cpus=0, **options[place.id][copy]).remote()
@@ -64,7 +68,7 @@ def test_actors_share_the_gpus_that_the_plan_gives_them_and_no_other(eight_gpus)
     _release(options)
 
 
-def test_a_runs_teachers_are_placed_and_a_teacher_beyond_every_gpu_is_refused(eight_gpus):
+def test_a_runs_teachers_and_students_are_placed_in_node_memory_where_no_gpu_holds_them(eight_gpus):
     config = load_config(shipped_config("quickstart.yaml"), ["cluster.placement=planned", "cluster.gpu_gib=3"])
     registry = load_registry()
     specs = [resolve_teacher(teacher, registry) for teacher in config.teachers]
@@ -73,8 +77,7 @@ def test_a_runs_teachers_are_placed_and_a_teacher_beyond_every_gpu_is_refused(ei
     assert places.sleep is None
     _release(places.options)
     small = load_config(shipped_config("quickstart.yaml"), ["cluster.placement=planned", "cluster.gpu_gib=0.1"])
-    with pytest.raises(PlacementError, match="on the largest GPU"):
-        plan_places(small, specs)
+    assert {choice["num_gpus"] for choices in plan_places(small, specs).options.values() for choice in choices} == {0}
 
 
 def test_gpus_that_nobody_can_open_are_refused_with_the_remedy(eight_gpus):
@@ -85,6 +88,9 @@ def test_gpus_that_nobody_can_open_are_refused_with_the_remedy(eight_gpus):
 def test_a_node_that_left_is_planned_without(eight_gpus):
     cluster, leaver = eight_gpus
     cluster.remove_node(leaver, allow_graceful=True)
+    limit = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) > 1 and time.monotonic() < limit:
+        time.sleep(0.2)
     shape = cluster_shape(24.0)
     assert [len(node.gpu_bytes) for node in shape.nodes] == [5]
     placement = plan_placement([need(f"t{n}", 9) for n in range(12)], shape.nodes, purpose="train")

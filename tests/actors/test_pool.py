@@ -178,7 +178,9 @@ def two_teachers(pool, reasoning_spec):
     assert other.teachers == ("second",)
 
 
-@pytest.mark.parametrize("max_kept_bytes", [2**40, 0], ids=["dropped", "restarted"])
+@pytest.mark.parametrize(
+    "max_kept_bytes", [pytest.param(2**40, id="dropped"), pytest.param(0, id="restarted", marks=pytest.mark.chaos)]
+)
 def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memory(two_teachers, engine, max_kept_bytes):
     sleeping = TeacherPool(two_teachers, window=2, timeout_s=120, max_retries=3, sleep=Sleep(1, max_kept_bytes))
     before = {name: sleeping.health(name).pid for name in two_teachers}

@@ -426,7 +426,7 @@ def test_the_aligned_share_of_a_teacher_of_another_tokenizer_stands_over_its_cur
 ) -> None:
     shares = [{"kind": "step", "step": 3, "losses": {}, "aligned": {"gemma3-code": share}} for share in (0.5, 0.75)]
     shown = page_of(dataclasses.replace(report_data, events=[*report_data.events, *shares]), tmp_path)
-    assert shown.text.count("another tokenizer: 62.5 % of the student's tokens in spans that both cut out") == 1
+    assert shown.text.count("another tokenizer; 62.5 % of the student's tokens align with it") == 1
     assert "another tokenizer" not in page.text
 
 

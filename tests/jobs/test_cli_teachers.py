@@ -54,8 +54,10 @@ def test_tax_of_an_encoder_without_labels_is_the_cosine_of_its_embeddings(
 
 
 def test_tax_refuses_a_teacher_that_the_run_does_not_have(nexus: Callable[..., Any]) -> None:
-    complaint = nexus("teachers", "tax", "--teachers", "sample-visio").complaint()
-    assert "Did you mean 'sample-vision'?" in complaint
+    asked = nexus("teachers", "tax", "--teachers", "sample-visio")
+    assert (asked.code, asked.out) == (2, "")
+    assert asked.err.splitlines()[-1].startswith("nexus: Expected ids of the run's teachers")
+    assert "Did you mean 'sample-vision'?" in asked.err
 
 
 def test_verify_says_what_is_wrong_and_what_is_absent(nexus: Callable[..., Any], tmp_path: Path) -> None:
@@ -75,5 +77,7 @@ def test_verify_says_what_is_wrong_and_what_is_absent(nexus: Callable[..., Any],
 
 
 def test_a_streamed_language_model_is_refused_before_anything_starts(nexus: Callable[..., Any]) -> None:
-    complaint = nexus("profile", "--set", "teachers.sample-reasoning.placement=streamed").complaint()
-    assert "Expected an encoder with placement streamed, found teacher 'sample-reasoning'" in complaint
+    asked = nexus("profile", "--set", "teachers.sample-reasoning.placement=streamed")
+    assert (asked.code, asked.out) == (2, "")
+    told = asked.err.splitlines()[-1]
+    assert told.startswith("nexus: Expected an encoder with placement streamed, found teacher 'sample-reasoning'")

@@ -105,7 +105,7 @@ def test_errors_about_samples_pickle_and_show_a_few():
 
 
 def covariances() -> int:
-    return sum(isinstance(found, Comoment) for found in gc.get_objects())
+    return sum(type(found) is Comoment for found in gc.get_objects())
 
 
 def test_one_covariance_per_layer_is_kept_however_many_batches_there_are(qwen3, batch):

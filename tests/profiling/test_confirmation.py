@@ -69,25 +69,25 @@ def naive_effects(model, blocks, layer, replacement, batch) -> tuple[list[float]
     return delta, kl
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_kl_of_skipped_layers_equals_one_sample_at_a_time(causal_lm, profile_batch, strategy):
-    profiler = NIWTProfiler(causal_lm, strategy=strategy)
-    measurement = profiler.measure(profile_batch)
+def test_kl_of_skipped_layers_equals_one_sample_at_a_time(causal_lm, profile_batch):
+    blocks = find_blocks(causal_lm).blocks
+    measurements = [NIWTProfiler(causal_lm, strategy=strategy).measure(profile_batch) for strategy in STRATEGIES]
     for layer in range(3):
-        delta, kl = naive_effects(causal_lm, profiler.stack.blocks, layer, lambda x, _: x, profile_batch)
-        # float32 forwards in another order; a KL of a few nats sums 128 terms.
-        np.testing.assert_allclose(measurement.delta_LB[layer], delta, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(measurement.kl_LB[layer], kl, rtol=1e-3, atol=1e-4)
-    assert measurement.kl_LB.min() > 1e-3
+        delta, kl = naive_effects(causal_lm, blocks, layer, lambda x, _: x, profile_batch)
+        for measurement in measurements:
+            # float32 forwards in another order; a KL of a few nats sums 128 terms.
+            np.testing.assert_allclose(measurement.delta_LB[layer], delta, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(measurement.kl_LB[layer], kl, rtol=1e-3, atol=1e-4)
+            assert measurement.kl_LB.min() > 1e-3
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_mean_ablation_adds_the_mean_update_of_all_data_to_every_token(causal_lm, profile_batch, strategy):
-    profiler = NIWTProfiler(causal_lm, strategy=strategy)
+def test_mean_ablation_adds_the_mean_update_of_all_data_to_every_token(causal_lm, profile_batch):
+    profiler = NIWTProfiler(causal_lm)
     blocks = profiler.stack.blocks
     merged = merge_measurements([profiler.measure(rows_of(profile_batch, rows)) for rows in (slice(0, 2), slice(2, 5))])
     plan = plan_confirmation(merged, seed=0)
-    confirmed = profiler.confirm(rows_of(profile_batch, slice(0, 3)), plan)
+    some = rows_of(profile_batch, slice(0, 3))
+    confirmations = [NIWTProfiler(causal_lm, strategy=strategy).confirm(some, plan) for strategy in STRATEGIES]
     for layer in (0, 2):
         updates = []
 
@@ -98,11 +98,10 @@ def test_mean_ablation_adds_the_mean_update_of_all_data_to_every_token(causal_lm
         replaced(causal_lm, blocks, layer, record, profile_batch)
         mean_D = torch.cat(updates).mean(dim=0)
         np.testing.assert_allclose(plan.mean_updates_LD[layer], mean_D.numpy(), rtol=1e-4, atol=1e-5)
-        delta, kl = naive_effects(
-            causal_lm, blocks, layer, lambda x, _, m=mean_D: x + m.to(x), rows_of(profile_batch, slice(0, 3))
-        )
-        np.testing.assert_allclose(confirmed.mean_ablation.delta_KB[layer], delta, rtol=1e-3, atol=3e-4)
-        np.testing.assert_allclose(confirmed.mean_ablation.kl_KB[layer], kl, rtol=1e-3, atol=3e-4)
+        delta, kl = naive_effects(causal_lm, blocks, layer, lambda x, _, m=mean_D: x + m.to(x), some)
+        for confirmed in confirmations:
+            np.testing.assert_allclose(confirmed.mean_ablation.delta_KB[layer], delta, rtol=1e-3, atol=3e-4)
+            np.testing.assert_allclose(confirmed.mean_ablation.kl_KB[layer], kl, rtol=1e-3, atol=3e-4)
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,23 @@ def test_tokens_equal_real_generation_of_one_ablation_and_sample_at_a_time(
     assert len(found_VBA.flatten(1).unique(dim=0)) == len(profiler.stack) + 1
 
 
+def test_decoding_ends_with_the_last_row(speech_model, speech_batch, side, monkeypatch):
+    prompts = arguments(speech_batch)[:2]
+    profiler = NIWTProfiler(speech_model, layers=PATHS[side])
+    first_VB = profiler.ablated_generations(*prompts, 1, inputs=speech_batch.inputs)[..., 0]
+    monkeypatch.setattr(speech_model.generation_config, "eos_token_id", first_VB.unique().tolist())
+    tokens_VBA = profiler.ablated_generations(*prompts, 5, inputs=speech_batch.inputs)
+    assert torch.equal(tokens_VBA[..., 0], first_VB)
+    assert (tokens_VBA[..., 1:] == 0).all()
+
+
+def test_either_side_can_be_in_front_where_there_are_two(speech_model, profile_batch, qwen3):
+    measured = NIWTProfiler.of_both_sides(speech_model, first="encoder").measure(profile_batch)
+    assert (measured.side, measured.other_side.side) == ("encoder", "decoder")
+    with pytest.raises(ProfilingError, match="in a decoder of Qwen3ForCausalLM, found one side"):
+        NIWTProfiler.of_both_sides(qwen3, first="encoder")
+
+
 def test_what_is_heard_is_encoded_and_projected_once_for_all_ablations_of_the_decoder(speech_model, speech_batch):
     calls = {"encoder": 0, "keys": 0}
     hooks = [

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from nexus.config import load_config
 from nexus.errors import ConfigError
 from nexus.student.presets import StudentSpec
+from nexus.student.shipped import student_positions
 from nexus.student.trunk import (
     PretrainedCore,
     add_lora,
@@ -133,7 +135,7 @@ def test_labels_are_scored_and_contradictions_refused(core, rows):
 def test_only_ports_and_updates_train_and_an_untrained_update_changes_nothing(core, rows):
     ids, mask, context = rows
     before = opened(core)(ids, mask, context_BCD=context).logits
-    add_lora(core, rank=4, alpha=8.0)
+    add_lora(core, rank=4, alpha=8)
     torch.testing.assert_close(core(ids, mask, context_BCD=context).logits, before)
     trained = [name for name, parameter in core.named_parameters() if parameter.requires_grad]
     assert all(".lora_" in name or name.startswith("ports.") for name in trained)
@@ -144,7 +146,7 @@ def test_only_ports_and_updates_train_and_an_untrained_update_changes_nothing(co
 
 def test_merged_updates_give_the_same_answers_from_a_file_without_the_model_they_came_from(core, rows, tmp_path):
     ids, mask, context = rows
-    add_lora(core, rank=4, alpha=8.0)
+    add_lora(core, rank=4, alpha=8)
     expected = opened(core)(ids, mask, context_BCD=context).logits
     merge_lora(core)
     torch.testing.assert_close(core(ids, mask, context_BCD=context).logits, expected, rtol=1e-4, atol=1e-5)
@@ -160,7 +162,7 @@ def test_merged_updates_give_the_same_answers_from_a_file_without_the_model_they
 
 def test_recomputed_activations_give_the_same_gradient_even_when_passes_with_other_contexts_came_between(core, rows):
     ids, mask, context = rows
-    add_lora(core, rank=4, alpha=8.0)
+    add_lora(core, rank=4, alpha=8)
     opened(core).train()
 
     def gradients():
@@ -227,3 +229,24 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     core = PretrainedCore(pretrained_core_config(tmp_path, port_every=1))
     with pytest.raises(ConfigError, match="which scales or caps"):
         load_pretrained(core, tmp_path)
+
+
+def test_the_positions_of_a_trunk_are_those_of_its_own_configuration(folder, tmp_path):
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    assert student_positions(load_config(quickstart, [f"student.trunk={folder}", "student.tokenizer=null"])) == 64
+    missing = load_config(quickstart, [f"student.trunk={tmp_path}", "student.tokenizer=null"])
+    with pytest.raises(ConfigError, match=r"max_position_embeddings at student.trunk"):
+        student_positions(missing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["student.trunk=somewhere"], "expected either tokenizer .* found both"),
+        (["student.tokenizer=null"], "expected either tokenizer .* found neither"),
+        (["student.lora.rank=3"], "lora.rank has no effect while there is no trunk"),
+    ],
+)
+def test_a_student_has_one_tokenizer_and_updates_only_beside_a_trunk(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml", changes)

@@ -75,7 +75,7 @@ def test_rows_come_from_the_environments_process_and_what_it_did_not_say_failed(
         "bits_per_param": 4.5, "targets": ["tokens", "hidden"], "seconds": 1.5,
     }  # fmt: skip
     refused = {"id": QWEN[2], "status": "failed", "reason": "no codec", "seconds": 0.5}
-    interpreter(tmp_path, json.dumps(said), json.dumps(refused))
+    interpreter(tmp_path, "Warning: welcome", json.dumps(said), json.dumps(refused))
     rows = list(check_teachers(registry, (*QWEN, "parler-tts-large"), tiny=True))
     assert [row.status for row in rows] == ["ok", "failed", "failed", "needs"]
     assert (rows[0].role, rows[0].targets, rows[0].quantised_share, rows[0].seconds) == (

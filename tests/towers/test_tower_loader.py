@@ -150,6 +150,11 @@ def test_an_entry_that_is_never_quantised_stays_in_floating_point(
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in tower.model.modules())
 
 
+def test_settings_of_generation_may_stand_in_the_configuration(copy: Path, spec_of: Callable[..., TeacherSpec]) -> None:
+    (copy / "generation_config.json").unlink()
+    assert load_tower(spec_of(copy), device="cpu").model.generation_config.eos_token_id == 1
+
+
 # --- identity ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -430,3 +430,15 @@ def test_entries_do_not_change(registry: TeacherRegistry) -> None:
     entry: TeacherEntry = registry.teachers[0]
     with pytest.raises(ValueError, match="frozen"):
         entry.repo = "other/repo"  # type: ignore[misc]
+
+
+def test_encoders_can_be_streamed_in_a_run_and_language_models_cannot(
+    registry: TeacherRegistry, tmp_path: Path
+) -> None:
+    (tmp_path / "whisper-large-v3-turbo").mkdir()
+    known = RegistryTeacher(kind="registry", id="whisper-large-v3-turbo", capabilities=("asr",), placement="streamed")
+    for teacher in (path_teacher(tmp_path, placement="streamed"), known):
+        assert resolve_teacher(teacher, registry, models_dir=tmp_path).streamed
+    assert not resolve_teacher(path_teacher(tmp_path), registry).streamed
+    with pytest.raises(ConfigError, match="'mine' of role causal_lm: a run asks it for answers"):
+        resolve_teacher(path_teacher(tmp_path, role="causal_lm", placement="streamed"), registry)

@@ -165,3 +165,8 @@ def test_files_that_are_no_dictionaries_of_the_base_model_are_refused(copy: Path
     shutil.copy(path, site / "layer_x")
     with pytest.raises(TowerLoadError, match=r"in the name of .*layer_x"):
         load(copy)
+
+
+def test_rows_with_media_are_refused(engine: TeacherEngine) -> None:
+    with pytest.raises(ConfigError, match="rows of text for the sae 'gemma-scope-2-27b', found media"):
+        engine.score(ScoreRequest(("a",), ("b",), ("c",), (b"",), 1.0, 8, ()))

@@ -252,7 +252,7 @@ def test_a_teacher_four_times_as_large_as_the_memory_is_scored_exactly(
     spec_of: Callable[..., TeacherSpec],
     tmp_path: Path,
 ) -> None:
-    size = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 34, "head_dim": 64}
+    size = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "head_dim": 64}
     folder = tmp_path / "model"
     # In shards, because each is mapped for a moment to read its header, and addresses are what is limited here.
     spread(Qwen3ForCausalLM(Qwen3Config(**{**text_config, **size}))).half().save_pretrained(

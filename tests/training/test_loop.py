@@ -647,3 +647,23 @@ def test_a_broken_teacher_is_left_out_and_named(spec, tokenizer):
     assert report.excluded == ("labels",)
     assert set(report.coefficients) == {"same"}
     assert math.isfinite(report.total)
+
+
+def test_accumulation_needs_no_labelled_rows(spec, tokenizer):
+    loop, _ = _loop(spec, tokenizer, accumulate=2, labelled=False)
+    report = loop.advance()
+    assert report.gold is None
+    assert report.action == "step"
+
+
+def test_where_the_plan_found_no_conflict_the_steps_between_are_plain(spec, tokenizer):
+    """Orthogonal teachers: each on parameters of its own."""
+    loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=4, surgery_subset="adapters")
+    plain, _ = _loop(spec, tokenizer)
+    _, reports = _run(loop)
+    _, expected = _run(plain)
+    assert reports[0].surgery.plan.conflicts == 0
+    assert [report.total for report in reports] == pytest.approx([report.total for report in expected], rel=1e-4)
+    assert [report.grad_norm for report in reports] == pytest.approx(
+        [report.grad_norm for report in expected], rel=1e-3
+    )
