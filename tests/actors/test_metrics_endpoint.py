@@ -16,6 +16,7 @@ import ray
 import actors.metrics
 from actors.metrics import TeacherMetrics, TrainerMetrics
 from actors.pool import TeacherPool
+from nexus.data.records import Record
 from nexus.towers.targets import ScoreRequest
 
 GRAFANA = Path(__file__).parents[2] / "configs" / "grafana.json"
@@ -39,7 +40,16 @@ def test_the_rows_of_a_teacher_are_counted_on_rays_endpoint(endpoint, reasoning_
         pool.submit(number, "sample-reasoning", "score", _request(rows))
     for number in range(3):
         pool.collect(number)
-    seen = _until(endpoint, lambda samples: samples.get("ray_nexus_teacher_rows_total") == {"sample-reasoning": 7.0})
+    measured = [Record(id=f"r{n}", capability="c", prompt=f"{n}+1", completion=str(n + 1)) for n in range(3)]
+    pool.submit("profile", "sample-reasoning", "measure", measured, "auto", None)
+    pool.collect("profile")
+    seen = _until(endpoint, lambda samples: samples.get("ray_nexus_profile_rows_total") == {"sample-reasoning": 3.0})
+    assert seen["ray_nexus_teacher_rows_total"] == {"sample-reasoning": 10.0}
+    assert seen["ray_nexus_profile_seconds_total"]["sample-reasoning"] > 0
+    assert (
+        seen["ray_nexus_profile_seconds_total"]["sample-reasoning"]
+        < seen["ray_nexus_teacher_busy_seconds_total"]["sample-reasoning"]
+    )
     assert seen["ray_nexus_teacher_busy_seconds_total"]["sample-reasoning"] > 0
     assert seen["ray_nexus_teacher_weight_bytes"] == {
         "sample-reasoning": float(reports["sample-reasoning"].weight_bytes)
