@@ -122,6 +122,8 @@ def test_labels_are_scored_and_contradictions_refused(core, rows):
     labels = ids.masked_fill(mask == 0, -100)
     loss = core(ids, mask, labels=labels).loss
     logits = core(ids, mask).logits
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    torch.testing.assert_close(core(ids, mask, position_ids=positions).logits, logits)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
     as_tuple = core(inputs_embeds=core.embed_tokens(ids), attention_mask=None, return_dict=False, use_cache=False)
