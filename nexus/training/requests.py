@@ -70,7 +70,7 @@ def settings_of(request: ScoreRequest, teacher: TeacherFacts) -> ScoreSettings:
     """
     kind: PackedKind | None = None
     if teacher.role == "causal_lm":
-        if request.transport in ("hidden", "auto"):
+        if request.transport == "hidden" or request.transport == "auto":  # spelt out for the type checker
             raise ConfigError(
                 f"Expected transport topk, sampled or full for the cached targets of teacher {teacher.id!r}, found "
                 f"{request.transport}: its output head would be needed while the student trains. Choose one of them."
