@@ -633,9 +633,10 @@ def teachers_verify(
         bool, typer.Option("--json", help="Print one JSON array to stdout; everything else goes to stderr.")
     ] = False,
 ) -> None:
-    """Compare checkpoints on this machine with the registry: files, hashes, revision, class, tensors.
+    """Compare local checkpoints with the registry.
 
-    Uses no network and says what only the repository can tell. The exit code is 1 when one failed.
+    Files, hashes, revision, class and tensors. Uses no network and says what only the repository can tell. The exit code is 1 when
+    one failed.
     """
     from dataclasses import asdict
 

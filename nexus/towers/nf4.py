@@ -182,9 +182,9 @@ def prepare_modules(
     skeleton: PreTrainedModel, plan: QuantisationPlan, compute_dtype: torch.dtype, *, own_quantiser: bool
 ) -> None:
     """Give a model on meta, in place, the modules and settings that `from_pretrained` gives one that it quantises by `plan`."""
-    for config in (skeleton.config, *(getattr(skeleton.config, name, None) for name in skeleton.config.sub_configs)):
-        if config is not None:
-            config.dtype = compute_dtype
+    parts = (getattr(skeleton.config, name, None) for name in skeleton.config.sub_configs)
+    for config in filter(None, (skeleton.config, *parts)):
+        config.dtype = compute_dtype
     quantiser = AutoHfQuantizer.from_config(
         quantisation_config(plan, compute_dtype, own_quantiser=own_quantiser), pre_quantized=False
     )

@@ -317,13 +317,13 @@ def test_a_changed_profile_changes_the_layers_that_distillation_asks_the_teacher
     session.run.close()
     session._reports, session._pool = bench._reports, bench.pool
     profiles = {teacher: profile_of(reference, teacher) for teacher in (TEXT, IMAGES)}
-    found = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles)}
+    found = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles, from_files=False)}
     assert found == {
         name: tuple((item.layer, item.weight) for item in profile.critical_layers) for name, profile in profiles.items()
     }
     assert all(found.values())
     profiles[TEXT] = profiles[TEXT].model_copy(update={"critical_layers": (CriticalLayer(layer=1, weight=1.0),)})
-    changed = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles)}
+    changed = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles, from_files=False)}
     assert changed == {**found, TEXT: ((1, 1.0),)}
 
 

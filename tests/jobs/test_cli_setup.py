@@ -198,14 +198,14 @@ KEYS = [
 
 
 def test_teachers_are_checked_tiny_for_people_and_for_machines(nexus):
-    told = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-0.5b,sd3-medium", "--json")
+    told = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-0.5b,padt-ovd-3b", "--json")
     assert told.code == 0
     fine, needing = json.loads(told.out)
     assert list(fine) == list(needing) == KEYS
     assert (fine["id"], fine["status"], fine["quantised"], fine["targets"]) == (
         "qwen2.5-0.5b", "ok", True, ["tokens", "hidden", "text"]
     )  # fmt: skip
-    assert (needing["id"], needing["status"], needing["targets"]) == ("sd3-medium", "needs", [])
+    assert (needing["id"], needing["status"], needing["targets"]) == ("padt-ovd-3b", "needs", [])
     lines = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-omni-7b,step3-vl-10b").out.splitlines()
     assert "ok (floating point; tokens, hidden, text)" in lines[0]
     assert "needs: the repository's own Python files" in lines[1]

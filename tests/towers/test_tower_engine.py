@@ -14,6 +14,7 @@ import torch
 from nexus.assembly.evaluate import divergence_per_item, score_answers
 from nexus.data.records import Media, Record
 from nexus.errors import ConfigError, ProfilingError
+from nexus.profiling.consolidation import plan_confirmation
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler
 from nexus.towers.engine import TeacherEngine
 from nexus.towers.health import NotFiniteError, UniformOutputError
@@ -225,11 +226,14 @@ def test_rows_for_which_alone_the_model_gives_nan_are_named_and_a_model_that_giv
     assert qwen.tokenizer is not None
     token = qwen.tokenizer("x")["input_ids"][-1]
     kept = embedding.data.clone()
+    rows = [replace(text_records[0], prompt="2+2"), text_records[2]]
+    plan = plan_confirmation(engine(qwen).measure(rows), seed=0)
     try:
         embedding.data[token] = torch.nan
-        with pytest.raises(RowsError) as refused:
-            engine(qwen).measure([replace(text_records[0], prompt="2+2"), text_records[2]])
-        assert refused.value.reasons == {"row-2": "NaN"}
+        for step in (lambda: engine(qwen).measure(rows), lambda: engine(qwen).confirm(rows, plan)):
+            with pytest.raises(RowsError) as refused:
+                step()
+            assert refused.value.reasons == {"row-2": "NaN"}
         with pytest.raises(RowsError):
             engine(qwen).measure([text_records[2]])
         embedding.data.fill_(torch.nan)

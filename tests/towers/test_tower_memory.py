@@ -79,6 +79,18 @@ def test_a_teacher_larger_than_the_machine_is_refused_before_its_weights_are_rea
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("streamed_blocks", "advises"), [((), True), (("blocks.0",), False)])
+def test_streaming_is_advised_to_teachers_that_do_not_stream_yet(
+    streamed_blocks: tuple[str, ...], advises: bool
+) -> None:
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(2**25, 2**25, bias=False, device="meta")])
+    plan = QuantisationPlan((), ("blocks.0",))
+    with pytest.raises(TowerLoadError, match="for teacher 't', found") as caught:
+        memory.require_memory("t", model, plan, torch.float32, CPU, streamed_blocks=streamed_blocks)
+    assert ("placement: streamed" in str(caught.value)) is advises
+
+
 def test_the_limit_of_this_process_counts(keep_limits: None) -> None:
     used = memory.psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 50 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
