@@ -64,6 +64,18 @@ class BadSamplesError(ProfilingError):
 AnyProfileBatch = ProfileBatch | EncoderProfileBatch
 
 
+def per_token(inputs: Mapping[str, Tensor], input_ids_BT: Tensor) -> tuple[str, ...]:
+    """Return the names of inputs [B, T] that say something of each token of the text, such as `token_type_ids`: they go where the
+    ids go. What an encoder reads is its own text and mask."""
+    return tuple(
+        name
+        for name, tensor in inputs.items()
+        if tensor.shape == input_ids_BT.shape
+        and not tensor.is_floating_point()
+        and name not in ("input_ids", "attention_mask")
+    )
+
+
 def rows_of(batch: AnyProfileBatch, rows: slice) -> AnyProfileBatch:
     """Return some rows of a batch; text without the columns that are padding in all of them."""
     sample_ids = list(batch.sample_ids)[rows]
@@ -72,12 +84,16 @@ def rows_of(batch: AnyProfileBatch, rows: slice) -> AnyProfileBatch:
         return EncoderProfileBatch(sample_ids, inputs, None if batch.labels_B is None else batch.labels_B[rows])
     columns = batch.attention_mask_BT[rows].any(dim=0).nonzero()[:, 0]
     used = (rows, slice(int(columns[0]), int(columns[-1]) + 1))
+    own: Mapping[str, Tensor] = batch.inputs or {}
+    aligned = per_token(own, batch.input_ids_BT)
     return ProfileBatch(
         sample_ids,
         batch.input_ids_BT[used],
         batch.attention_mask_BT[used],
         batch.loss_mask_BT[used],
-        None if batch.inputs is None else {name: tensor[rows] for name, tensor in batch.inputs.items()},
+        None
+        if batch.inputs is None
+        else {name: tensor[used if name in aligned else rows] for name, tensor in own.items()},
     )
 
 

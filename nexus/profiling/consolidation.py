@@ -161,7 +161,7 @@ def _merged(
     first = ordered[0]
     others = [m.other_side for m in ordered if m.other_side is not None]
     sample_ids = [sample_id for m in ordered for sample_id in m.sample_ids]
-    by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
+    by_id = _by_id(sample_ids, np.concatenate([m.delta_LB for m in ordered], axis=-1))
     return BatchMeasurement(
         metric=first.metric,
         # Strategies give equal results, and each batch has the one that is cheapest for its shape.
@@ -203,10 +203,15 @@ def plan_confirmation(merged: BatchMeasurement, *, seed: int) -> ConfirmationPla
     )
 
 
+def _by_id(sample_ids: Sequence[str], values_LB: np.ndarray) -> list[int]:
+    """Return the columns in the order of the ids and, where one repeats, of the values: not in that of the batches."""
+    return sorted(range(len(sample_ids)), key=lambda index: (sample_ids[index], values_LB[:, index].tolist()))
+
+
 def merge_confirmations(parts: Sequence[ConfirmationMeasurement]) -> ConfirmationMeasurement:
     """Return one measurement of all samples, at least one, sorted by sample id whatever the order given."""
     sample_ids = [sample_id for part in parts for sample_id in part.sample_ids]
-    by_id = sorted(range(len(sample_ids)), key=lambda index: sample_ids[index])
+    by_id = _by_id(sample_ids, np.concatenate([part.mean_ablation.delta_KB for part in parts], axis=-1))
     others = [part.other_side for part in parts if part.other_side is not None]
 
     def effects(chosen: Sequence[Effects]) -> Effects:

@@ -30,6 +30,7 @@ from nexus.profiling.batches import (
     EncoderProfileBatch,
     ProfileBatch,
     concatenate_rows,
+    per_token,
     rows_of,
     split_at,
 )
@@ -67,6 +68,7 @@ from nexus.profiling.perturbation import (
     Reader,
     TokenReader,
     kl_divergence,
+    language_model_head,
     scorable_targets,
     scored_tokens,
     skip_each,
@@ -483,10 +485,13 @@ class NIWTProfiler:
         with_kl: bool = False,
     ) -> _Scores:
         """Sweep all micro-batches; every row has targets. Without interventions each block is skipped."""
+        # Refuses what has none before its vocabulary is asked for.
+        language_model_head(self.model)
         self._require_fitting(attention_mask_BT, names_B)
         swept = skip_each(self.stack) if interventions is None else interventions(slice(0, 0), None)
         born_L = [sum(each.layer == layer for each in swept) for layer in range(len(self.stack))]
         num_scored = int(targets_BT.sum(dim=1).max())
+        aligned = per_token(beside, input_ids_BT)
         sizes = {
             strategy: self._text_batch_size(
                 num_variants=len(swept) + 1 if strategy == "triangular" else 1,
@@ -504,10 +509,11 @@ class NIWTProfiler:
         )
 
         def run(rows: slice, part: list[Tensor]) -> Tensor:
-            ids_BT, mask_BT, chosen_BT = _without_padding(part[:3])
             own = dict(zip(beside, part[3:], strict=True))
+            ids_BT, mask_BT, *rest = _without_padding([*part[:3], *(own[name] for name in aligned)])
             # Causal models never see what follows, but not all of them can be told to leave out what came before.
-            ids_BT, mask_BT, chosen_BT = left_aligned(mask_BT, [ids_BT, mask_BT, chosen_BT])
+            ids_BT, mask_BT, chosen_BT, *rest = left_aligned(mask_BT, [ids_BT, mask_BT, *rest])
+            own |= dict(zip(aligned, rest, strict=True))
             scored = scored_tokens(ids_BT, chosen_BT)
             inputs = self._model_inputs(ids_BT, mask_BT, own)
             # Of what the blocks see: an encoder's own mask where it has one.
@@ -516,7 +522,9 @@ class NIWTProfiler:
             def swept(strategy: SweepStrategy) -> Tensor:
                 read = TokenReader(self.model, self.stack, inputs, scored, with_kl=with_kl)
                 made = None if interventions is None else interventions(rows, seen_BT)
-                return self._swept(read, strategy, made, statistics, seen_BT, scored.rows_N, names_B[rows])
+                # Its likelihood and divergence; the logit of a token that a model rules out is infinite.
+                finite_C = (0, 3) if with_kl else (0,)
+                return self._swept(read, strategy, made, statistics, seen_BT, scored.rows_N, names_B[rows], finite_C)
 
             readings_VNC = (
                 self._stacked_or("scoring", lambda: swept("triangular"), lambda: swept("prefix"), "strategy prefix")
@@ -582,28 +590,32 @@ class NIWTProfiler:
         mask_BT: Tensor | None,
         rows_N: Tensor,
         names_B: Sequence[str],
+        finite_C: Sequence[int] = (),
     ) -> Tensor:
         """Return the readings [V, N, C] of one micro-batch, all of them numbers; without interventions each block is skipped.
 
         Args:
             rows_N: which row each reading is of.
+            finite_C: columns that may not be infinite either, as a likelihood is of a token that the model rules out.
 
         Raises:
-            BadSamplesError: some rows, or the only one, give NaN.
+            BadSamplesError: some rows, or the only one, give NaN, or infinity where it may not be.
             ProfilingError: all rows do, or no ablation changes anything.
         """
         observe = None if statistics is None or interventions is not None else statistics.observe
         chosen = skip_each(self.stack) if interventions is None else interventions
         readings_VNC = sweep(self.stack, read, strategy, chosen, _of_real_tokens(mask_BT, observe))
-        is_bad_N = readings_VNC.isnan().any(dim=0).any(dim=-1).cpu()
-        bad = sorted(set(rows_N.cpu()[is_bad_N].tolist()))
-        if len(bad) == len(names_B) > 1:
+        is_nan_N = readings_VNC.isnan().any(dim=0).any(dim=-1)
+        is_bad_N = is_nan_N | readings_VNC[..., list(finite_C)].isinf().any(dim=0).any(dim=-1)
+        nan = set(rows_N.cpu()[is_nan_N.cpu()].tolist())
+        bad = sorted(set(rows_N.cpu()[is_bad_N.cpu()].tolist()))
+        if len(nan) == len(names_B) > 1:
             raise self.stack.not_a_number()
         if bad:
             raise BadSamplesError(
                 f"Expected outputs of the model and of its ablations at '{self.stack.path}' to be numbers; leave the rows out, or "
                 "load the model in a wider compute dtype (float32).",
-                {names_B[row]: "NaN" for row in bad},
+                {names_B[row]: "NaN" if row in nan else "infinite nats" for row in bad},
             )
         if interventions is None:
             self.stack.require_effect(readings_VNC)

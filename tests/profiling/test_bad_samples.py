@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from nexus.errors import ProfilingError
 from nexus.profiling.batches import BadSamplesError, EncoderProfileBatch, ProfileBatch, rows_of
@@ -109,6 +111,8 @@ def covariances() -> int:
 
 
 def test_one_covariance_per_layer_is_kept_however_many_batches_there_are(qwen3, batch):
+    # What earlier tests left behind would be counted before and gone after.
+    gc.collect()
     before, seen = covariances(), []
 
     def batches() -> Iterator[ProfileBatch]:
@@ -134,3 +138,71 @@ def test_micro_batches_add_up_in_the_memory_of_the_first(qwen3, batch):
     finally:
         hook.remove()
     assert seen == [3] * 5
+
+
+def test_a_token_that_the_model_rules_out_names_its_rows(own_qwen3, batch):
+    token = int(batch.input_ids_BT[1, -1])
+    hook = own_qwen3.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([token]), -torch.inf)
+    )
+    has_token = [row for row, ids_T in enumerate(batch.input_ids_BT.tolist()) if token in ids_T]
+    with pytest.raises(BadSamplesError, match="infinite nats") as caught:
+        NIWTProfiler(own_qwen3).measure(batch)
+    assert "b" in caught.value.reasons
+    assert set(caught.value.reasons) <= {"abcde"[row] for row in has_token}
+    hook.remove()
+    assert np.isfinite(NIWTProfiler(own_qwen3).measure(batch).delta_LB).all()
+
+
+def test_an_encoder_has_no_answers_to_score(siglip, batch):
+    with pytest.raises(ProfilingError, match="Expected a language-model head, found none"):
+        NIWTProfiler(siglip).delta_nll(batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
+
+
+def test_rows_that_share_an_id_count_in_an_order_of_their_own(qwen3, batch):
+    same = ProfileBatch(["a"] * 5, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT)
+    whole = NIWTProfiler(qwen3).profile([same], confirm_samples=0)
+    for order in ((0, 1, 2, 3, 4), (3, 0, 4, 1, 2)):
+        apart = NIWTProfiler(qwen3).profile([rows_of(same, slice(row, row + 1)) for row in order], confirm_samples=0)
+        for left, right in zip(whole.layers, apart.layers, strict=True):
+            np.testing.assert_allclose(left.ci95, right.ci95, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["brute", "prefix"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
+def test_what_is_said_of_each_token_goes_where_the_tokens_go(batch, strategy, micro_batch_size):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=3, n_head=2, n_positions=64, eos_token_id=None)
+    ).eval()
+    types_BT = torch.randint(0, 128, batch.input_ids_BT.shape)
+    typed = ProfileBatch(
+        batch.sample_ids,
+        batch.input_ids_BT,
+        batch.attention_mask_BT,
+        batch.loss_mask_BT,
+        {"token_type_ids": types_BT},
+    )
+    assert not bool(batch.attention_mask_BT[:, 0].all()), "some rows are padded on the left"
+    profiler = NIWTProfiler(model, strategy=strategy, micro_batch_size=micro_batch_size)
+    found_LB = profiler.measure(typed).delta_LB
+    for row in range(typed.num_rows):
+        alone = rows_of(typed, slice(row, row + 1))
+        assert alone.inputs is not None
+        assert alone.inputs["token_type_ids"].shape == alone.input_ids_BT.shape
+        expected_L = [_nll(model, alone, layer) - _nll(model, alone, None) for layer in range(3)]
+        np.testing.assert_allclose(found_LB[:, row], expected_L, rtol=0, atol=2e-4)
+
+
+def _nll(model: PreTrainedModel, row: ProfileBatch, skipped: int | None) -> float:
+    """Nats of the scored tokens of one row, by the model's own forward."""
+    blocks = model.transformer.h
+    kept = nn.ModuleList(block for layer, block in enumerate(blocks) if layer != skipped)
+    model.transformer.h = kept
+    try:
+        with torch.no_grad():
+            logits_TV = model(row.input_ids_BT, **row.inputs, use_cache=False).logits[0, :-1].double()
+    finally:
+        model.transformer.h = blocks
+    nll_T = F.cross_entropy(logits_TV, row.input_ids_BT[0, 1:], reduction="none")
+    return float(nll_T[row.loss_mask_BT[0, 1:].bool()].sum())
