@@ -107,6 +107,11 @@ EXPERTS = {
     "num_hidden_layers": 2,
 }  # fmt: skip
 DENSE_LAYER = 4 * 1024 * 1024 + 3 * 1024 * 4096
+NARROW = {**DENSE, "intermediate_size": 2048}
+"""Packing a matrix takes some ten times its packed size for a moment, which has to fit beside two blocks."""
+NARROW_LAYER = 4 * 1024 * 1024 + 3 * 1024 * 2048
+NARROW_SHARD_BYTES = 16 * 2**20
+"""A shard is mapped for a moment to read its header, and addresses are what is limited."""
 MIB = 2**20
 
 
@@ -211,10 +216,10 @@ def measure_wire(_arguments: argparse.Namespace) -> bool:
 
 
 def measure_streamed(arguments: argparse.Namespace) -> bool:
-    layers = max(1, round(arguments.parameters / DENSE_LAYER))
+    sizes = {**NARROW, "num_hidden_layers": max(1, round(arguments.parameters / NARROW_LAYER))}
     with tempfile.TemporaryDirectory() as scratch:
         folder, cache = Path(scratch) / "model", Path(scratch) / "cache"
-        _run(WRITE, folder, "Qwen3ForCausalLM", json.dumps({**DENSE, "num_hidden_layers": layers}), SHARD_BYTES)
+        _run(WRITE, folder, "Qwen3ForCausalLM", json.dumps(sizes), NARROW_SHARD_BYTES)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         headroom = size // 4
         packing = _run(LOAD, folder, cache, 1, headroom, arguments.rows)
