@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from nexus.errors import ProfilingError
 from nexus.profiling.caches import with_room
-from nexus.profiling.inputs import ModelInputs
+from nexus.profiling.inputs import ModelInputs, model_inputs
 from nexus.profiling.layers import BlockCall, BlockStack, Rows
 from nexus.profiling.perturbation import language_model_head, run_and_skip, stacked_rows
 
@@ -62,20 +62,12 @@ class GreedyDecode:
 
     def prefill(self, num_variants: int) -> Tensor:
         """Run the prompt; return the logits [variants * B, V] that follow it."""
-
-        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][:, -1:], *args[1:])
-
-        hook = language_model_head(self.model).register_forward_pre_hook(keep_last)
-        try:
-            output = self.model(**self.inputs.prompt(num_variants, use_cache=True))
-        finally:
-            hook.remove()
+        output = _last_logits(self.model, self.inputs.prompt(num_variants, use_cache=True))
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
-            raise ProfilingError(
-                f"Expected {type(self.model).__name__} to keep its past in a transformers Cache, found none. Use delta_nll, which "
-                "needs no cache."
+            raise NotStackableError(
+                f"Expected {type(self.model).__name__} to keep its past in a transformers Cache, found none: ablations cannot share "
+                "one decode. Use strategy='brute'."
             )
         self.cache = cache
         self.mask_RT = self.mask_RT.repeat(num_variants, 1)
@@ -90,6 +82,41 @@ class GreedyDecode:
         return logits
 
 
+class RereadingDecode:
+    """A greedy decode of a model that keeps its past in a way of its own, or not at all: each step reads the whole text again."""
+
+    def __init__(self, model: PreTrainedModel, inputs: ModelInputs) -> None:
+        self.model = model
+        self.input_ids_BT, self.attention_mask_BT = inputs.input_ids_BT, inputs.attention_mask_BT
+
+    def prefill(self, num_variants: int) -> Tensor:
+        """Run the prompt; return the logits [B, V] that follow it."""
+        inputs = model_inputs(self.model, self.input_ids_BT, self.attention_mask_BT)
+        logits: Tensor = _last_logits(self.model, inputs.prompt(num_variants, use_cache=False)).logits[:, -1]
+        return logits
+
+    def step(self, token_ids_B: Tensor) -> Tensor:
+        """Append one token per row; return the next logits [B, V]."""
+        self.input_ids_BT = torch.cat([self.input_ids_BT, token_ids_B[:, None]], dim=1)
+        self.attention_mask_BT = torch.cat(
+            [self.attention_mask_BT, self.attention_mask_BT.new_ones(len(token_ids_B), 1)], dim=1
+        )
+        return self.prefill(1)
+
+
+def _last_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """Return the model's output with logits of the last position alone."""
+
+    def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, -1:], *args[1:])
+
+    hook = language_model_head(model).register_forward_pre_hook(keep_last)
+    try:
+        return model(**inputs)
+    finally:
+        hook.remove()
+
+
 def brute_generations(
     model: PreTrainedModel, stack: BlockStack, inputs: ModelInputs, max_new_tokens: int, stop: StopTokens
 ) -> Tensor:
@@ -97,13 +124,20 @@ def brute_generations(
     input_ids_BT = inputs.input_ids_BT
     eos_E = torch.tensor(stop.eos_ids, device=input_ids_BT.device)
     generations, first_logits = [], []
+    kind: type[GreedyDecode | RereadingDecode] = GreedyDecode
     for skipped in (None, *range(len(stack))):
         next_B = input_ids_BT[:, -1]
         tokens_BA = input_ids_BT.new_full((len(input_ids_BT), max_new_tokens), stop.pad_id)
         alive_B = torch.ones(len(input_ids_BT), dtype=torch.bool, device=input_ids_BT.device)
-        decode = GreedyDecode(model, inputs)
+        decode = kind(model, inputs)
         with stack.intercept(run_and_skip(skipped)) as calls:
-            logits = decode.prefill(1)
+            try:
+                logits = decode.prefill(1)
+            except NotStackableError:
+                kind = RereadingDecode
+                decode = kind(model, inputs)
+                calls[:] = [0] * len(calls)
+                logits = decode.prefill(1)
             stack.require_called_once(calls)
             first_logits.append(logits)
             for step in range(max_new_tokens):

@@ -266,13 +266,36 @@ def test_a_model_that_cannot_generate_is_refused(siglip, prompts):
         NIWTProfiler(siglip).ablated_generations(*prompts, 3)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_model_without_a_cache_of_its_past_is_refused(prompts, strategy):
+@pytest.fixture(scope="module")
+def recurrent() -> MambaForCausalLM:
+    """Keeps a past of its own kind."""
     torch.manual_seed(0)
-    config = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8, initializer_range=0.2)
-    model = MambaForCausalLM(config).eval()
+    config = MambaConfig(
+        hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8, initializer_range=0.2, eos_token_id=None
+    )
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "brute"])
+def test_a_model_without_a_cache_of_its_past_reads_the_text_again(recurrent, prompts, strategy):
+    found_VBA = NIWTProfiler(recurrent, strategy=strategy).ablated_generations(*prompts, 3)
+    layers = recurrent.backbone.layers
+    for variant in range(3):
+        recurrent.backbone.layers = torch.nn.ModuleList(
+            layer for index, layer in enumerate(layers) if index != variant - 1
+        )
+        try:
+            tokens_BT = recurrent.generate(
+                prompts[0], attention_mask=prompts[1], max_new_tokens=3, do_sample=False, use_cache=False
+            )
+        finally:
+            recurrent.backbone.layers = layers
+        torch.testing.assert_close(found_VBA[variant], tokens_BT[:, -3:], rtol=0, atol=0)
+
+
+def test_ablations_of_a_model_without_a_cache_of_its_past_are_not_stacked(recurrent, prompts):
     with pytest.raises(ProfilingError, match="MambaForCausalLM to keep its past"):
-        NIWTProfiler(model, strategy=strategy).ablated_generations(*prompts, 3)
+        NIWTProfiler(recurrent, strategy="stacked").ablated_generations(*prompts, 3)
 
 
 def test_stacking_is_refused_where_blocks_have_no_cache_entry_of_their_own(qwen3, prompts):
