@@ -487,7 +487,8 @@ class TeacherEngine:
         call: Callable[[ProfileBatch | EncoderProfileBatch], _Result],
     ) -> list[_Result]:
         """What a profiler's `call` gives of each batch; the bad rows of all of them are named at once."""
-        found, what, bad = [], "", {}
+        found: list[_Result] = []
+        what, bad = "", dict[str, str]()
         for batch in batches:
             has_media = self.role == "causal_lm" and batch.inputs is not None
             # The clean model and all variants hear a row with the same noise: their difference is the layer's alone.
