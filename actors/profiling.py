@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
 
 
+UNLABELLED = "no answer, where other rows have one; add or drop it"
+"""Why a row without answer is quarantined after it was measured: a teacher's rows are all measured on answers, or none is."""
+
+
 @dataclass
 class TeacherKnowledge:
     """What is known of one teacher so far, by capability."""
@@ -54,6 +58,20 @@ class TeacherKnowledge:
         """Rows that were measured."""
         return sum(len(measurement.sample_ids) for measurement in self.measured.values())
 
+    def take_up(self, capability: str, measurement: BatchMeasurement) -> dict[str, tuple[str, ...]]:
+        """Add a measurement of rows; return, by capability, the ids of rows without answer that do not count, old or new ones.
+
+        One row with an answer leaves out all that have none, as within a batch: what counts depends neither on the batches nor on
+        which teacher or capability answered first.
+        """
+        others = [name for name, known in self.measured.items() if known.is_labelled != measurement.is_labelled]
+        if others and not measurement.is_labelled:
+            return {capability: measurement.sample_ids}
+        rejected = {name: self.measured.pop(name).sample_ids for name in others}
+        before = self.measured.get(capability)
+        self.measured[capability] = merge_measurements([measurement] if before is None else [before, measurement])
+        return rejected
+
 
 class ProfilingRounds:
     """Streams labelled rows to the teachers until their profiles are known."""
@@ -62,6 +80,8 @@ class ProfilingRounds:
         """Takes up what `journal` knows of these teachers, settings and rows."""
         self._session = session
         self._journal = journal
+        self._quarantine = Quarantine(session.run.path / "quarantine", session.config.quarantine.max_bad_share)
+        self._last_rows: dict[str, int] = {}
         self.teachers = {teacher.id: TeacherKnowledge() for teacher in session.teachers}
         self.fingerprints: dict[tuple[str, str], str] = {}
         """By teacher and capability: of everything that a measurement depends on."""
@@ -126,7 +146,7 @@ class ProfilingRounds:
             return
         known.rows[capability] = entry.num_rows
         if entry.measurement is not None:
-            known.measured[capability] = entry.measurement
+            self._reject(known.take_up(capability, entry.measurement), None)
         self.earlier_seconds = max(self.earlier_seconds, entry.seconds)
         self._session.reporter.line(f"profile: {teacher} continues after {entry.num_rows} rows of {capability}")
 
@@ -151,23 +171,40 @@ class ProfilingRounds:
                 teacher, capability = works[answer.work].teacher, works[answer.work].capability
                 known = self.teachers[teacher]
                 known.rows[capability] += len(answer.records) + answer.num_rejected
-                if answer.records:
-                    before = known.measured.get(capability)
-                    known.measured[capability] = merge_measurements(
-                        [answer.result] if before is None else [before, answer.result]
+                rejected = known.take_up(capability, answer.result) if answer.records else {}
+                # Left out are these very rows, or such as were measured earlier.
+                self._reject(rejected, None if answer.result is None or answer.result.is_labelled else answer.records)
+                self._see(answer.records)
+                for name in dict.fromkeys((*rejected, capability)):
+                    self._journal.note(
+                        (teacher, name),
+                        self.fingerprints[teacher, name],
+                        MeasuredRows(known.rows[name], known.measured.get(name), seconds),
                     )
-                self._journal.note(
-                    (teacher, capability),
-                    self.fingerprints[teacher, capability],
-                    MeasuredRows(known.rows[capability], known.measured.get(capability), seconds),
-                )
                 limit = session.config.profile.max_samples * len(known.rows)
                 session.reporter.progress(f"profile {teacher}", sum(known.rows.values()), limit)
         for work in works:
             known = self.teachers[work.teacher]
             if known.rows[work.capability] < count:
                 known.exhausted.add(work.capability)
+                for path in work.paths:
+                    self._quarantine.check(path, self._last_rows.get(path, 0))
         return True
+
+    def _reject(self, ids: Mapping[str, Sequence[str]], records: Sequence[Record] | None) -> None:
+        """Quarantine rows without answer, given by capability; they are read once more where their records are None."""
+        for capability, row_ids in ids.items():
+            source = self._session.config.data_of(capability)
+            for record in _find(self._session, source, Counter(row_ids)) if records is None else records:
+                self._quarantine.add_record(record, UNLABELLED)
+
+    def _see(self, records: Sequence[Record]) -> None:
+        """Refuse a file of which too many rows so far were left out here."""
+        for record in records:
+            assert record.source is not None, "rows to profile on come from files"
+            file = record.source.file
+            self._last_rows[file] = max(record.source.row, self._last_rows.get(file, 0))
+            self._quarantine.check(file, self._last_rows[file], final=False)
 
 
 class ConfirmationRound:
@@ -187,8 +224,10 @@ class ConfirmationRound:
         config = self._session.config
         known = self._rounds.teachers[teacher]
         rows = _kept_rows(self._session, known)
-        # Verification is equivalent where the whole completion is the answer. One teacher's rows are all judged in one way.
-        is_generated = any(config.data_of(capability).answer != "exact" for capability in rows)
+        # Verification is equivalent where the whole completion is the answer. One teacher's rows are all judged in one way, and
+        # behind media nothing is generated with layers skipped.
+        has_media = any(record.media is not None for records in rows.values() for record in records)
+        is_generated = not has_media and any(config.data_of(capability).answer != "exact" for capability in rows)
         fingerprint = fingerprint_of(
             [[self._rounds.fingerprints[teacher, name], count] for name, count in sorted(known.rows.items())]
         )

@@ -22,7 +22,8 @@ class ProfileBatch:
     loss_mask_BT: Tensor
     """True at the *target tokens* to score (the answer); position 0 is never scored."""
     inputs: Mapping[str, Tensor] | None = None
-    """What the model is given beside the ids, each with the batch in front: what an encoder-decoder's encoder reads, or media."""
+    """What the model is given beside the ids, each with the batch in front: what an encoder-decoder's encoder reads, or media. Beside
+    a single sample it may have any shape that the model takes; such a batch is measured whole, not cut or joined with others."""
 
     @property
     def num_rows(self) -> int:

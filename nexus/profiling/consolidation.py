@@ -81,6 +81,11 @@ class BatchMeasurement:
     other_side: BatchMeasurement | None = None
     """Of an encoder-decoder: what the layers of its other side do on the same samples."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the samples' true answers were known; measurements with and without them are of different things."""
+        return self.correct_VB is not None or self.probe is not None
+
 
 @dataclass(frozen=True, eq=False)
 class Effects:
@@ -150,7 +155,7 @@ def _merged(
 ) -> BatchMeasurement:
     if not measurements:
         raise ProfilingError("Expected at least one measured batch, found none. Give the profiler samples.")
-    kinds = {(m.metric, len(m.delta_LB), m.correct_VB is None and m.probe is None, m.path or "") for m in measurements}
+    kinds = {(m.metric, len(m.delta_LB), not m.is_labelled, m.path or "") for m in measurements}
     if len(kinds) > 1:
         raise ProfilingError(
             "Expected measurements of one model by one metric, all with labels or none, found (metric, layers, unlabelled, path) of "

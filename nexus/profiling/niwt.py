@@ -769,7 +769,9 @@ class NIWTProfiler:
         size = math.ceil(len(tensors[0]) / math.ceil(len(tensors[0]) / size))
         while start < len(tensors[0]):
             size = min(size, self._fitting_size or size)
-            part = [tensor[start : start + size].to(self.model.device) for tensor in tensors]
+            # What stands beside a single row is all its own: some models have the patches of its pictures in front.
+            is_alone = len(tensors[0]) == 1
+            part = [(t if is_alone else t[start : start + size]).to(self.model.device) for t in tensors]
             num_rows = len(part[0])
             failure: str | None = None
             try:
@@ -827,10 +829,10 @@ def _beside(inputs: Mapping[str, Tensor] | None, num_rows: int) -> dict[str, Ten
     """Return what a model is given beside text.
 
     Raises:
-        ValueError: the batch is not in front.
+        ValueError: the batch is not in front, and there is more than one row to belong to.
     """
     wrong = {name: tuple(tensor.shape) for name, tensor in (inputs or {}).items() if tensor.shape[:1] != (num_rows,)}
-    if wrong:
+    if wrong and num_rows > 1:
         raise ValueError(f"Expected inputs with the batch of {num_rows} rows in front, found shapes {wrong}.")
     return dict(inputs or {})
 

@@ -243,8 +243,32 @@ def profile_inputs(
         RowsError: rows that do not fit the model.
     """
     rows = tokenise_rows(tokenizer, prompts, completions)
-    lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-    _refuse_unfit(model, row_ids, lengths)
+    _refuse_unfit(model, row_ids, [_length(row) for row in rows])
+    return _left_padded(tokenizer, rows)
+
+
+def media_profile_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row_ids: Sequence[str],
+    prompts: Sequence[MediaPrompt],
+    completions: Sequence[str],
+) -> list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """As `profile_inputs`, each row apart (B = 1, without padding), with what the model is given beside the ids, on its device.
+
+    Raises:
+        RowsError: rows that do not fit the model.
+    """
+    rows = tokenise_media_rows(tokenizer, prompts, completions)
+    _refuse_unfit(model, row_ids, [_length(row) for row in rows])
+    return [
+        (*_left_padded(tokenizer, [row]), prompt.inputs_for(_length(row), model.device, model.dtype))
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+
+
+def _left_padded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenisedRow]) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = [_length(row) for row in rows]
     width = max(lengths)
     input_ids_BT = torch.full((len(rows), width), _pad_id(tokenizer))
     attention_mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
@@ -494,6 +518,10 @@ def _forward(
     hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
     states_NH = None if read == "logits" else seen[0][:, -longest_completion:][scored_BC]
     return _Scored(logits_NV, hidden, states_NH)
+
+
+def _length(row: TokenisedRow) -> int:
+    return len(row.prompt_ids) + len(row.completion_ids)
 
 
 def _scored_length(row: TokenisedRow) -> int:

@@ -7,8 +7,9 @@ sae.py does the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -22,7 +23,13 @@ from nexus.data.media import read_media
 from nexus.data.records import Record
 from nexus.errors import ConfigError
 from nexus.profiling.batches import BadSamplesError
-from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
+from nexus.profiling.consolidation import (
+    BatchMeasurement,
+    ConfirmationMeasurement,
+    ConfirmationPlan,
+    merge_confirmations,
+    merge_measurements,
+)
 from nexus.profiling.layers import find_blocks
 from nexus.profiling.niwt import EncoderProfileBatch, NIWTProfiler, ProfileBatch
 from nexus.profiling.reasoning_eval import ablated_answers
@@ -32,7 +39,7 @@ from nexus.towers.codec import CODECS, score_codec
 from nexus.towers.diffusion import denoise
 from nexus.towers.health import NotFiniteError, check_targets
 from nexus.towers.loader import LoadedTower, load_tower, tokenizer_of
-from nexus.towers.media_lm import MediaPrompt, prepare_prompts
+from nexus.towers.media_lm import MediaPrompt, prepare_prompts, same_noise_in_every_forward
 from nexus.towers.probes import probe_request
 from nexus.towers.rows import RowsError
 from nexus.towers.sae import score_features
@@ -292,21 +299,20 @@ class TeacherEngine:
     ) -> BatchMeasurement:
         """What skipping each block does to the rows' answers; `nexus.profiling.consolidation` turns batches into a profile.
 
-        A language model is measured on the rows' completions, and so is what reads an sae's features. A classifier is measured on the
+        A language model is measured on the rows' completions, behind their media where they have any, and so is what reads an sae's
+        features. A classifier is measured on the
         rows' labels, or on its own decisions when no row has one. A speech recogniser of an encoder and a decoder is measured on the
         rows' texts, where they have any, its encoder's layers in front and its decoder's as the other side; any other encoder without
         a head on its embedding.
 
         Raises:
             RowsError: rows without completion, without a label where others have one, with a label that the classifier does not have,
-                for which the model alone gives NaN, or as `score`.
+                for which the model alone gives NaN, with media that the language model does not take, or as `score`.
             ProfilingError: see `NIWTProfiler.measure`.
         """
-        profiler, batch = self._profiled(records, strategy, snr_db, micro_batch_size)
-        try:
-            return self._in_passes(lambda: profiler.measure(batch))
-        except BadSamplesError as error:
-            raise RowsError(error.what, error.reasons) from None
+        profiler, batches = self._profiled(records, strategy, snr_db, micro_batch_size)
+        measured = self._of_each(batches, profiler.measure)
+        return measured[0] if len(measured) == 1 else merge_measurements(measured)
 
     def confirm(
         self,
@@ -320,19 +326,18 @@ class TeacherEngine:
         """The second pass of a profile over some rows of the first, as `NIWTProfiler.confirm`.
 
         Args:
-            answers: makes a language model answer with each layer skipped; None leaves its accuracy to verification.
+            answers: makes a language model answer with each layer skipped; None leaves its accuracy to verification, and so do
+                rows with media, behind which nothing is generated with layers skipped.
 
         Raises:
             RowsError: as `measure`; or rows without an answer to find.
         """
         if answers is not None and self.role == "causal_lm":
             self._refuse_streamed("generate answers with layers skipped")
-        profiler, batch = self._profiled(records, strategy, snr_db, None)
-        try:
-            confirmed = self._in_passes(lambda: profiler.confirm(batch, plan))
-        except BadSamplesError as error:
-            raise RowsError(error.what, error.reasons) from None
-        if self.role != "causal_lm" or answers is None:
+        profiler, batches = self._profiled(records, strategy, snr_db, None)
+        parts = self._of_each(batches, lambda batch: profiler.confirm(batch, plan))
+        confirmed = parts[0] if len(parts) == 1 else merge_confirmations(parts)
+        if self.role != "causal_lm" or answers is None or any(record.media is not None for record in records):
             return confirmed
         golds = [
             gold_answer((record.completion if record.answer is None else record.answer) or "", answers.pattern)
@@ -459,8 +464,8 @@ class TeacherEngine:
 
     def _profiled(
         self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None, micro_batch_size: int | None
-    ) -> tuple[NIWTProfiler, ProfileBatch | EncoderProfileBatch]:
-        """What measures the teacher's layers, and the rows as it takes them."""
+    ) -> tuple[NIWTProfiler, list[ProfileBatch | EncoderProfileBatch]]:
+        """What measures the teacher's layers, and the rows as it takes them, in at least one batch."""
         model = self.tower.model
         texts = [record.completion if record.answer is None else record.answer for record in records]
         if self.role == "encoder" and any(texts) and self.label_texts is None and can_transcribe(model):
@@ -470,24 +475,64 @@ class TeacherEngine:
             both = NIWTProfiler.of_both_sides(
                 model, first="encoder", strategy=strategy, micro_batch_size=micro_batch_size
             )
-            return both, batch
+            return both, [batch]
         profiler = NIWTProfiler(self._runner, strategy=strategy, micro_batch_size=micro_batch_size)
-        is_text = self.role in ("causal_lm", "sae")
-        return profiler, self._text_batch(records) if is_text else self._media_batch(records, snr_db)
+        if self.role in ("causal_lm", "sae"):
+            return profiler, [*self._text_batches(records, snr_db)]
+        return profiler, [self._media_batch(records, snr_db)]
 
-    def _text_batch(self, records: Sequence[Record]) -> ProfileBatch:
+    def _of_each(
+        self,
+        batches: Sequence[ProfileBatch | EncoderProfileBatch],
+        call: Callable[[ProfileBatch | EncoderProfileBatch], _Result],
+    ) -> list[_Result]:
+        """What a profiler's `call` gives of each batch; the bad rows of all of them are named at once."""
+        found: list[_Result] = []
+        what, bad = "", dict[str, str]()
+        for batch in batches:
+            has_media = self.role == "causal_lm" and batch.inputs is not None
+            # The clean model and all variants hear a row with the same noise: their difference is the layer's alone.
+            noise = same_noise_in_every_forward(batch.sample_ids[0], self.tower.model) if has_media else nullcontext()
+            try:
+                with noise:
+                    found.append(self._in_passes(partial(call, batch)))
+            except BadSamplesError as error:
+                what, bad = error.what, {**bad, **error.reasons}
+        if bad:
+            raise RowsError(what, bad)
+        return found
+
+    def _text_batches(self, records: Sequence[Record], snr_db: float | None) -> Iterator[ProfileBatch]:
+        """All rows of text together; each row with media apart, because its media have shapes of their own."""
         missing = {record.id: "no completion" for record in records if record.completion is None}
         if missing:
             raise RowsError(
                 "Expected a completion in every row that a language model is profiled on; add or drop them.", missing
             )
-        ids, mask, loss_mask = causal_lm.profile_inputs(
-            *self._language_model(),
-            [record.id for record in records],
-            [record.prompt for record in records],
-            [record.completion or "" for record in records],
-        )
-        return ProfileBatch([record.id for record in records], ids, mask, loss_mask)
+        seen = [record for record in records if record.media is not None]
+        if seen and (self.tower.is_streamed or self.role == "sae"):
+            raise RowsError(
+                f"Expected rows of text to profile the teacher {self.teacher_id!r} on, which is streamed or read by an sae; drop the "
+                "rows with media, or give them to another teacher.",
+                {record.id: "media" for record in seen},
+            )
+        if seen:
+            row_ids, prompts = [record.id for record in seen], [record.prompt for record in seen]
+            media = self._media_prompts(row_ids, prompts, _media_of(seen), snr_db)
+            assert media is not None
+            completions = [record.completion or "" for record in seen]
+            rows = causal_lm.media_profile_inputs(*self._language_model(), row_ids, media, completions)
+            for row_id, (ids, mask, loss_mask, inputs) in zip(row_ids, rows, strict=True):
+                yield ProfileBatch([row_id], ids, mask, loss_mask, inputs)
+        read = [record for record in records if record.media is None]
+        if read:
+            ids, mask, loss_mask = causal_lm.profile_inputs(
+                *self._language_model(),
+                [record.id for record in read],
+                [record.prompt for record in read],
+                [record.completion or "" for record in read],
+            )
+            yield ProfileBatch([record.id for record in read], ids, mask, loss_mask)
 
     def _prepared(self, records: Sequence[Record], snr_db: float | None) -> dict[str, Tensor]:
         row_ids = [record.id for record in records]

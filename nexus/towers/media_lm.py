@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nexus.data.media import add_noise, decode_audio, decode_image
 from nexus.errors import ConfigError, DataError
@@ -82,10 +83,28 @@ def prepare_prompts(
 @contextmanager
 def same_noise(row_id: str, device: torch.device) -> Iterator[None]:
     """Some speech towers sample in their forward: within this context they draw the same for a row whenever it is heard."""
-    seed = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:7], "big")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(_seed_of(row_id))
         yield
+
+
+@contextmanager
+def same_noise_in_every_forward(row_id: str, model: PreTrainedModel) -> Iterator[None]:
+    """As `same_noise`, where a row is heard by several forwards of `model` that are to be compared."""
+
+    def begin_again(*_: object) -> None:
+        torch.manual_seed(_seed_of(row_id))
+
+    handle = model.register_forward_pre_hook(begin_again)
+    try:
+        with same_noise(row_id, model.device):
+            yield
+    finally:
+        handle.remove()
+
+
+def _seed_of(row_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:7], "big")
 
 
 def _prepare(processor: Any, row_id: str, prompt: str, data: bytes, snr_db: float | None) -> MediaPrompt:

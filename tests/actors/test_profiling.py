@@ -15,12 +15,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from actors.pool import TeacherPool, actor_name
-from actors.profiling import ProfilingRounds
+from actors.profiling import UNLABELLED, ProfilingRounds
 from actors.session import Interrupted, Reporter, Session
 from actors.stages import _teacher_facts, profile_journal, run_stages
 from nexus.artifacts import CriticalLayer, NIWTProfile
@@ -339,6 +340,29 @@ def test_rows_that_a_teacher_cannot_take_are_left_out_of_both_passes(bench, tmp_
     rows.write_text(json.dumps(table[2]) + "\n")
     with pytest.raises(DataError, match="bad rows in"):
         bench.run(tmp_path / "none", document(str(rows)), teachers=(TEXT,))
+
+
+def test_images_without_answer_among_answered_ones_are_left_out_whatever_the_batch_size(bench, tmp_path):
+    table = pq.read_table(SAMPLES_DIR / "vision" / "labelled.parquet").slice(0, 12)
+    answers = [None if row in (0, 2) else answer for row, answer in enumerate(table["answer"].to_pylist())]
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(table.set_column(table.column_names.index("answer"), "answer", pa.array(answers, pa.string())), rows)
+    profiles, reasons = [], []
+    for size in (1, 4):
+        configuration = document(batch_size=size, confirm_samples=0)
+        configuration["data"][1]["labelled"] = [str(rows)]
+        bench.run(tmp_path / str(size), configuration, teachers=(IMAGES,))
+        profiles.append(profile_of(tmp_path / str(size), IMAGES))
+        lines = (tmp_path / str(size) / "quarantine" / "rows.parquet.jsonl").read_text().splitlines()
+        reasons.append({entry["row"]: entry["reason"] for entry in map(json.loads, lines)})
+    one, four = profiles
+    assert one.num_samples == four.num_samples == 10
+    assert one.accuracy_by == four.accuracy_by == "label"
+    for mine, other in zip(one.layers, four.layers, strict=True):
+        assert mine.delta_nll == pytest.approx(other.delta_nll, abs=1e-5)
+    assert reasons[0] == dict.fromkeys((1, 3), UNLABELLED)
+    assert set(reasons[1]) == {1, 3}
+    assert all("no answer" in reason for reason in reasons[1].values())
 
 
 @pytest.mark.chaos

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -231,3 +232,43 @@ def test_a_model_that_projects_again_does_not_read_what_is_shared(speech_model):
     layer = SharedCrossCache([transformers.cache_utils.DynamicLayer()]).layers[0]
     with pytest.raises(NotImplementedError, match="found new keys and values"):
         layer.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+
+
+def test_a_single_sample_may_have_media_of_any_shape_beside_it():
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        image_token_id=60,
+        vision_start_token_id=61,
+        video_token_id=62,
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    ids_BT = torch.tensor([[1, 61, 60, 60, 60, 60, 5, 6, 7]])
+    mask_BT, loss_BT = torch.ones_like(ids_BT), torch.arange(9)[None] >= 7
+    media = {
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids_BT == 60).long(),
+    }
+    fast, slow = (
+        NIWTProfiler(model, strategy=strategy).measure(ProfileBatch(["a"], ids_BT, mask_BT, loss_BT, media))
+        for strategy in ("prefix", "brute")
+    )
+    assert fast.delta_LB.shape == (3, 1)
+    np.testing.assert_allclose(fast.delta_LB, slow.delta_LB, atol=1e-5)
+    with torch.no_grad():
+        logits_TV = model(input_ids=ids_BT, **media).logits[0].double()
+    nll = -torch.log_softmax(logits_TV, -1)[[6, 7], [6, 7]].sum()
+    assert fast.clean_nll_B[0] == pytest.approx(float(nll), abs=1e-5)
+    twice = [tensor.repeat(2, 1) for tensor in (ids_BT, mask_BT, loss_BT)]
+    with pytest.raises(ValueError, match="batch of 2 rows in front"):
+        NIWTProfiler(model).measure(ProfileBatch(["a", "b"], *twice, media))

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from nexus.data.media import read_media
 from nexus.data.records import Media, Record
 from nexus.errors import ConfigError
+from nexus.profiling.consolidation import plan_confirmation
 from nexus.profiling.layers import find_blocks
-from nexus.towers.engine import TeacherEngine
+from nexus.towers.engine import AnswerCheck, TeacherEngine
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.media_lm import MediaPrompt, prepare_prompts, same_noise
 from nexus.towers.probes import clip, probe_media
@@ -200,3 +204,112 @@ def test_noise_inside_a_model_is_the_same_for_a_row_and_leaves_the_process_alone
             drawn.append(torch.randn(4))
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
+
+
+# --- layer profiling ----------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(engine: TeacherEngine, media: tuple[bytes, ...], kind: Literal["image", "audio"]) -> list[Record]:
+    texts = (("What?", "Yes."), ("Which one of them?", "4"))
+    return [
+        Record(f"row-{i}", "c", prompt, completion, media=Media(kind, data))
+        for i, ((prompt, completion), data) in enumerate(zip(texts, media, strict=True))
+    ]
+
+
+def nll_behind_media(engine: TeacherEngine, record: Record, skipped: int | None) -> float:
+    """Of the completion, summed in float64, by one plain forward in which block `skipped` hands on what it was given."""
+    assert record.media is not None
+    assert record.completion is not None
+    tower = engine.tower
+    assert tower.tokenizer is not None
+    (prompt,) = prepare_prompts(
+        tower.processor, (record.id,), (record.prompt,), (read_media(record.media),), teacher_id=SEES
+    )
+    answer = [*tower.tokenizer(record.completion, add_special_tokens=False)["input_ids"], tower.tokenizer.eos_token_id]
+    inputs = dict(prompt.inputs)
+    inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, len(answer)))
+
+    def identity(_: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> object:
+        return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+
+    hooks = [] if skipped is None else [find_blocks(tower.model).blocks[skipped].register_forward_hook(identity)]
+    try:
+        with torch.no_grad():
+            logits_TV = tower.model(input_ids=torch.tensor([[*prompt.prompt_ids, *answer]]), **inputs).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logprobs_CV = torch.log_softmax(logits_TV[len(prompt.prompt_ids) - 1 : -1].double(), dim=-1)
+    return -float(logprobs_CV[range(len(answer)), answer].sum())
+
+
+def test_a_layers_effect_is_measured_behind_the_rows_own_picture(engines: dict[str, TeacherEngine]) -> None:
+    engine = engines[SEES]
+    pictures = probe_media(engine.tower)
+    records = rows_of(engine, pictures, "image")
+    measured = engine.measure(records)
+    assert measured.sample_ids == ("row-0", "row-1")
+    for row, record in enumerate(records):
+        clean = nll_behind_media(engine, record, None)
+        assert measured.clean_nll_B is not None
+        assert measured.clean_nll_B[row] == pytest.approx(clean, abs=1e-3)
+        reference = [nll_behind_media(engine, record, layer) - clean for layer in range(engine.num_layers)]
+        np.testing.assert_allclose(measured.delta_LB[:, row], reference, atol=2e-3)
+    exchanged = engine.measure(rows_of(engine, pictures[::-1], "image"))
+    assert (np.abs(exchanged.delta_LB - measured.delta_LB).max(axis=0) > 1e-2).all()
+
+
+def test_rows_of_text_among_rows_with_media_are_measured_as_they_are_alone(engines: dict[str, TeacherEngine]) -> None:
+    engine = engines[SEES]
+    first, second = rows_of(engine, probe_media(engine.tower), "image")
+    records = [first, replace(second, media=None)]
+    mixed = engine.measure(records)
+    alone = [engine.measure([record]).delta_LB[:, 0] for record in records]
+    np.testing.assert_allclose(mixed.delta_LB, np.stack(alone, axis=1), atol=1e-5)
+    plan = plan_confirmation(mixed, seed=0)
+    confirmed = engine.confirm(records, plan, answers=AnswerCheck("exact", 4))
+    # Nothing is generated behind media with layers skipped: verification judges all rows of such a call.
+    assert confirmed.generated_correct_VB is None
+    again = engine.confirm([first], plan)
+    np.testing.assert_allclose(confirmed.noise_ablation.delta_KB[:, :1], again.noise_ablation.delta_KB, atol=1e-5)
+    other = engine.confirm([replace(first, media=second.media)], plan)
+    assert np.abs(other.noise_ablation.delta_KB - again.noise_ablation.delta_KB).max() > 1e-2
+
+
+def test_noise_inside_a_speech_tower_is_no_effect_of_a_layer(
+    engines: dict[str, TeacherEngine], wav: Callable[[int], bytes], random_state_is_kept: None
+) -> None:
+    engine = engines[HEARS]
+    records = rows_of(engine, (wav(0), wav(1)), "audio")
+    # The one runs the speech tower anew for every variant, the other resumes behind its states.
+    slow, fast = (engine.measure(records, strategy=strategy) for strategy in ("brute", "prefix"))
+    np.testing.assert_allclose(slow.delta_LB, fast.delta_LB, atol=1e-4)
+    assert len(engine.tower.model._forward_pre_hooks) == 0
+
+
+def test_all_rows_with_media_that_cannot_be_measured_are_named_at_once(engines: dict[str, TeacherEngine]) -> None:
+    engine = engines[SEES]
+    records = rows_of(engine, probe_media(engine.tower), "image")
+    long = [replace(record, completion="no " * 300) for record in records]
+    with pytest.raises(RowsError, match="at most 256 tokens") as refused:
+        engine.measure(long)
+    assert set(refused.value.reasons) == {"row-0", "row-1"}
+    embedding = engine.tower.model.get_input_embeddings().weight
+    kept = embedding.data.clone()
+    try:
+        embedding.data.fill_(torch.nan)
+        with pytest.raises(RowsError) as refused:
+            engine.measure(records)
+    finally:
+        embedding.data.copy_(kept)
+    assert refused.value.reasons == {"row-0": "NaN", "row-1": "NaN"}
+
+
+def test_media_are_never_dropped_where_layers_cannot_be_measured_behind_them(engines: dict[str, TeacherEngine]) -> None:
+    engine = engines[SEES]
+    first, second = rows_of(engine, probe_media(engine.tower), "image")
+    reader = TeacherEngine(replace(engine.tower, role="sae"), teacher_id="reads")
+    with pytest.raises(RowsError, match=r"Expected rows of text .*'reads'.*row-0: media") as refused:
+        reader.measure([first, replace(second, media=None)])
+    assert refused.value.reasons == {"row-0": "media"}
