@@ -111,7 +111,8 @@ def dense_one_pass(
     dtype = compute_dtype(student.states_MD, student.weight_VD, teacher_logprobs_MV)
 
     def block(logits_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return _dense(logits_RV, torch.log_softmax(teacher_logprobs_MV[rows].to(dtype), dim=-1), terms)
+        # Log-probabilities are logits of themselves. An impossible id adds exactly 0 then, and not 0 times infinity.
+        return _dense(logits_RV, teacher_logprobs_MV[rows].to(dtype).clamp_min(_LOWEST), terms)
 
     return _one_pass(student, block, dtype, num_loss_tokens, temperature)
 
@@ -139,20 +140,24 @@ def hidden_one_pass(
         teacher_RV = F.linear(teacher_states_ME[rows].to(native), weight_VE, bias_V).to(dtype)
         if teacher_head.softcap is not None:
             teacher_RV.div_(teacher_head.softcap).tanh_().mul_(teacher_head.softcap)
-        return _dense(logits_RV, torch.log_softmax(teacher_RV.div_(temperature), dim=-1), terms)
+        return _dense(logits_RV, teacher_RV if temperature == 1.0 else teacher_RV.div_(temperature), terms)
 
     return _one_pass(student, block, dtype, num_loss_tokens, temperature)
 
 
-def _dense(logits_RV: Tensor, log_p_RV: Tensor, terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
-    log_q_RV = torch.log_softmax(logits_RV, dim=-1)
+def _dense(logits_RV: Tensor, teacher_RV: Tensor, terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
+    """Of tempered logits, which may be overwritten; the teacher's are finite."""
     if len(terms) == 1 and (terms[0].under, terms[0].teacher_share) == ("teacher", 0.0):
-        # The forward KL needs neither slopes nor their sum: its gradient is q - p.
-        p_RV = log_p_RV.exp()
-        value_R = torch.linalg.vecdot(p_RV, log_p_RV.clamp_min_(_LOWEST).sub_(log_q_RV)) * terms[0].weight
-        return value_R, log_q_RV.exp_().sub_(p_RV).mul_(terms[0].weight)
-    q_RV = log_q_RV.exp()
-    value_R, slopes_RV = _total(log_q_RV, q_RV, log_p_RV.clamp_min_(_LOWEST), terms)
+        # The forward KL needs no logarithm of a probability: it is sum p (l_p - l_q), plus the difference of the normalisers, and its
+        # gradient is q - p. The largest probability says what the softmax divided by.
+        q_RV, p_RV = torch.softmax(logits_RV, dim=-1), torch.softmax(teacher_RV, dim=-1)
+        norm_q_R = logits_RV.amax(dim=-1) - q_RV.amax(dim=-1).log()
+        norm_p_R = teacher_RV.amax(dim=-1) - p_RV.amax(dim=-1).log()
+        value_R = torch.linalg.vecdot(p_RV, teacher_RV.sub_(logits_RV)) + norm_q_R - norm_p_R
+        return value_R * terms[0].weight, q_RV.sub_(p_RV).mul_(terms[0].weight)
+    log_q_RV = torch.log_softmax(logits_RV, dim=-1)
+    q_RV, log_p_RV = log_q_RV.exp(), torch.log_softmax(teacher_RV, dim=-1)
+    value_R, slopes_RV = _total(log_q_RV, q_RV, log_p_RV, terms)
     return value_R, slopes_RV.addcmul_(q_RV, slopes_RV.sum(dim=-1, keepdim=True), value=-1.0)
 
 
