@@ -26,7 +26,7 @@ COMMANDS = (
     ("init",),
     ("plan",),
 )
-TEACHERS = (("teachers", "list"), ("teachers", "show"), ("teachers", "pull"), ("teachers", "check"))
+TEACHERS = tuple(("teachers", name) for name in ("list", "show", "pull", "check", "tax", "verify"))
 
 
 def options_of(*command: str) -> set[str]:
