@@ -676,9 +676,13 @@ def _cached(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def _ray_pool(arguments: argparse.Namespace, teachers: Sequence[str], sleeps: Mapping[str, float]) -> Iterator[Any]:
     """Teachers as actors of a local Ray, one thread each; a slow one sleeps until its call has taken as long as it should."""
+    from actors.cluster import connect, prepare_environment, resolve_cluster
+
+    # Ray reads its environment when it is first imported.
+    target = resolve_cluster("local")
+    prepare_environment(target)
     import ray
 
-    from actors.cluster import prepare_environment, resolve_cluster
     from actors.pool import TeacherPool
     from actors.teacher import TeacherActor
 
@@ -698,26 +702,29 @@ def _ray_pool(arguments: argparse.Namespace, teachers: Sequence[str], sleeps: Ma
         def seconds(self) -> list[float]:
             return self.taken
 
-    prepare_environment(resolve_cluster("local"))
-    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False)
+    connect(target, namespace="benchmark", num_cpus=2, object_store_mib=128, torch_threads=1, dashboard=False)
     try:
         handles = {
-            teacher: ray.remote(concurrency_groups={"control": 1})(SlowTeacher)
-            .options(num_cpus=0, allow_out_of_order_execution=True)
-            .remote(_spec(arguments, teacher), 1, sleeps.get(teacher, 0.0))
+            teacher: [
+                ray.remote(concurrency_groups={"control": 1})(SlowTeacher)
+                .options(num_cpus=0, allow_out_of_order_execution=True)
+                .remote(_spec(arguments, teacher), 1, sleeps.get(teacher, 0.0))
+            ]
             for teacher in teachers
         }
         pool = TeacherPool(handles, window=3, timeout_s=120, max_retries=0)
-        yield pool, pool.load(300)
+        for teacher in teachers:
+            pool.submit(("load", teacher), teacher, "load")
+        yield pool, {teacher: pool.collect(("load", teacher)) for teacher in teachers}
     finally:
         ray.shutdown()
 
 
 def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
-    from actors.trainer import PoolSource
-
     task = _task(arguments)
     with _ray_pool(arguments, [TEACHER], {}) as (pool, reports):
+        from actors.trainer import PoolSource
+
         loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool))
         clock, _ = _advance(loop)
     return _result(clock, loop.objective.student.core, _teacher(arguments), task["tokens"])
@@ -725,18 +732,17 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
     """A teacher that takes `factor` steps of the student; the student alone is measured first, on targets that are there."""
-    import ray
-
-    from actors.trainer import PoolSource
-
     task, engine = _task(arguments), _engine(arguments)
     alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk")
     clock, waits = _advance(alone)
     student = statistics.median(step - wait for step, wait in zip(clock.steps()["seconds"], waits, strict=True))
     with _ray_pool(arguments, [TEACHER], {TEACHER: arguments.factor * student}) as (pool, reports):
+        from actors.trainer import PoolSource
+
         loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool), transport="topk")
         clock, waits = _advance(loop)
-        taken = ray.get(pool._lanes[TEACHER].handle.seconds.remote())
+        pool.submit("seconds", TEACHER, "seconds")
+        taken = pool.collect("seconds")
     steps = clock.steps()["seconds"]
     # Means and not medians: a queue that runs dry now and then costs a few long waits, which a median would hide.
     return {
@@ -752,10 +758,10 @@ SLOW_TEACHERS = {"one": 0.15, "two": 0.15}
 
 
 def _ray4(arguments: argparse.Namespace) -> dict[str, Any]:
-    from actors.trainer import PoolSource
-
     task = _task(arguments)
     with _ray_pool(arguments, FOUR, SLOW_TEACHERS) as (pool, reports):
+        from actors.trainer import PoolSource
+
         loop = _loop(arguments, task, reports["one"].fingerprint, PoolSource(pool), teachers=FOUR, window=3)
         clock, _ = _advance(loop)
     return dict(clock.steps())
