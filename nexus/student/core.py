@@ -90,10 +90,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if shapes contradict each other; the message names both.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Expected exactly one of input_ids and inputs_embeds, found both or none. Pass one.")
-        if labels is not None and logits_to_keep:
-            raise ValueError(f"Labels score every position, found logits_to_keep={logits_to_keep}. Pass 0.")
+        require_one_way(input_ids, inputs_embeds, labels, logits_to_keep)
         hidden_BTD: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_new = hidden_BTD.shape[1]
 
@@ -102,11 +99,7 @@ class NexusStudentCore(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if cache_position is not None and int(cache_position[0]) != num_past:
-            raise ValueError(
-                f"Expected cache_position to begin at the {num_past} cached tokens, found {int(cache_position[0])}. "
-                "Pass the cache that belongs to these tokens, or leave cache_position out."
-            )
+        require_cached(cache_position, num_past)
         mask_BS = token_mask(attention_mask, hidden_BTD, num_past)
         if position_ids is None:
             position_ids = token_positions(mask_BS, hidden_BTD, num_past)
@@ -344,6 +337,25 @@ def _attend(query_BHTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, mask: Tens
         is_causal=mask is True,
     )
     return attended_BHTd.transpose(1, 2).flatten(2)
+
+
+def require_one_way(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None, logits_to_keep: int
+) -> None:
+    """Raise ValueError for arguments of a trunk's forward that contradict each other."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Expected exactly one of input_ids and inputs_embeds, found both or none. Pass one.")
+    if labels is not None and logits_to_keep:
+        raise ValueError(f"Labels score every position, found logits_to_keep={logits_to_keep}. Pass 0.")
+
+
+def require_cached(cache_position: Tensor | None, num_past: int) -> None:
+    """Raise ValueError unless the new tokens follow the `num_past` cached ones."""
+    if cache_position is not None and int(cache_position[0]) != num_past:
+        raise ValueError(
+            f"Expected cache_position to begin at the {num_past} cached tokens, found {int(cache_position[0])}. "
+            "Pass the cache that belongs to these tokens, or leave cache_position out."
+        )
 
 
 def token_mask(attention_mask: Tensor | None, hidden_BTD: Tensor, num_past: int) -> Tensor | None:

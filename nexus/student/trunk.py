@@ -29,6 +29,8 @@ from nexus.student.core import (
     NexusStudentCore,
     last_positions,
     next_token_loss,
+    require_cached,
+    require_one_way,
     token_mask,
     token_positions,
 )
@@ -104,15 +106,12 @@ class PretrainedCore(NexusStudentCore):
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As `NexusStudentCore.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Expected exactly one of input_ids and inputs_embeds, found both or none. Pass one.")
-        if labels is not None and logits_to_keep:
-            raise ValueError(f"Labels score every position, found logits_to_keep={logits_to_keep}. Pass 0.")
-        del cache_position  # the cache knows
+        require_one_way(input_ids, inputs_embeds, labels, logits_to_keep)
         use_cache = (self.config.use_cache and labels is None) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.trunk.config)
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        require_cached(cache_position, num_past)
         like_BTD = self._shape(input_ids if input_ids is not None else inputs_embeds)
         mask_BS = token_mask(attention_mask, like_BTD, num_past)
         if position_ids is None:

@@ -132,6 +132,8 @@ def test_labels_are_scored_and_contradictions_refused(core, rows):
         core()
     with pytest.raises(ValueError, match="Labels score every position"):
         core(ids, labels=labels, logits_to_keep=1)
+    with pytest.raises(ValueError, match="cache_position to begin at the 0 cached tokens, found 3"):
+        core(ids, cache_position=torch.arange(3, 5))
 
 
 def test_only_ports_and_updates_train_and_an_untrained_update_changes_nothing(core, rows):
