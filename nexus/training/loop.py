@@ -146,6 +146,10 @@ class StepReport:
     """Scored for each teacher that took part (`TeacherLoss.tokens`)."""
     aligned: Mapping[str, float]
     """The share of them in spans that both tokenizers cut out, for teachers of another tokenizer that are compared span by span."""
+    anchor_weight: float
+    """Of `anchor` in `losses`: gamma, which decays."""
+    shares: Mapping[str, float]
+    """Of its importance that each teacher of `LoopSettings.ramps` had; 0 before it takes part."""
     wait_s: float
     """Seconds spent waiting for targets."""
     restored_step: int | None
@@ -295,6 +299,8 @@ class DistillationLoop:
         )
         grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
         learning_rate = float(self.scheduler.get_last_lr()[0])
+        anchor_weight = self._anchor_weight
+        shares = {teacher: self._share(teacher, self.step) for teacher in self.settings.ramps}
         action = self.recovery.check(losses.total, grad_norm, sample_ids)
         step = self.step
         restored = None
@@ -326,6 +332,8 @@ class DistillationLoop:
             rows=len(sample_ids),
             tokens=dict(self._tokens),
             aligned={teacher: count / self._tokens[teacher] for teacher, count in self._aligned.items()},
+            anchor_weight=anchor_weight,
+            shares=shares,
             wait_s=wait_s,
             restored_step=restored,
         )
@@ -410,6 +418,11 @@ class DistillationLoop:
         """Of its importance that a teacher has at `step`; 0 before it takes part."""
         return ramp_share(step, *self.settings.ramps[teacher]) if teacher in self.settings.ramps else 1.0
 
+    @property
+    def _anchor_weight(self) -> float:
+        settings = self.settings
+        return cosine_decay(settings.anchor_start, settings.anchor_end, self.step, settings.steps)
+
     def _teaching(self, step: int) -> tuple[str, ...]:
         return tuple(teacher for teacher in self._importance if self._share(teacher, step))
 
@@ -419,8 +432,7 @@ class DistillationLoop:
         self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None], sizes: _Sizes | None
     ) -> _Parts:
         """The losses of one draw, as shares of its step where `sizes` are given."""
-        settings = self.settings
-        gamma = cosine_decay(settings.anchor_start, settings.anchor_end, self.step, settings.steps)
+        gamma = self._anchor_weight
         kds: dict[str, list[Tensor]] = {}
         anchors: dict[str, list[Tensor]] = {}
         for assignment, records in self._taught(batch).items():
