@@ -298,6 +298,10 @@ class DistillConfig(ConfigSection):
     anchor_start: float = Field(1.0, ge=0)
     anchor_end: float = Field(0.3, ge=0)
     """The hidden-state anchor's weight decays from start to end along a cosine."""
+    standardise: Literal["scale", "phi_s"] = "scale"
+    """What makes the teachers' hidden states comparable before the student is anchored to them: `scale` centres and divides them by
+    one number; `phi_s` also rotates them so that every dimension has variance 1 (PHI-S, arXiv 2410.01680), at the cost of a matrix of
+    the teacher's width squared for each anchored layer."""
     window: int = Field(3, gt=0)
     """Steps whose teacher targets are in flight while the student trains."""
     target_timeout_s: float = Field(120.0, gt=0)
@@ -493,6 +497,7 @@ class RunConfig(ConfigSection):
             "decay_share": None if distill.schedule == "wsd" else "schedule is not wsd",
             "anchor_start": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "anchor_end": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "standardise": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "gold_weight": None if any(source.labelled for source in self.data) else "no data have labelled rows",
             "labelled_batch_size": None
             if any(source.labelled for source in self.data)
