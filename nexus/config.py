@@ -26,6 +26,7 @@ SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
 Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
 Divergence = Literal["mix", "forward_kl"]
+Optimizer = Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -257,8 +258,14 @@ class DistillConfig(ConfigSection):
     """The distillation loop."""
 
     steps: int = Field(gt=0)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
+    optimizer: Optimizer = "adamw"
+    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay.
+    adamw8bit: AdamW with two moments of 8 bits each in place of 32. paged_adamw8bit: the same, in memory that leaves the GPU when
+    something else wants it; it needs a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the student trains; auto takes a GPU where the cluster has one."""
+    gpu_share: float | None = Field(None, gt=0, le=1)
+    """Of a GPU, that each trainer asks Ray for; None takes an equal part among the actors, or what the plan says."""
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
@@ -322,6 +329,17 @@ class DistillConfig(ConfigSection):
     recovery: RecoverySection = RecoverySection()
     labels_only: bool = True
     """Also train the same student on the labelled rows alone, for comparison."""
+
+    @model_validator(mode="after")
+    def _pages_have_a_gpu(self) -> DistillConfig:
+        if self.device == "cpu" and self.optimizer == "paged_adamw8bit":
+            raise ValueError(
+                "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit, or set "
+                "distill.device to cuda"
+            )
+        if self.device == "cpu" and self.gpu_share is not None:
+            raise ValueError("gpu_share has no effect while device is cpu; remove it")
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> DistillConfig:

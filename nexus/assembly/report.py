@@ -575,7 +575,12 @@ def _incident(step: int, event: Mapping[str, object]) -> _Incident:
     restored = event.get("restored_step")
     kind = str(event["kind"])
     return _Incident(
-        step, kind, MARKED_EVENTS[kind], told("total"), told("grad_norm"), restored if isinstance(restored, int) else None
+        step,
+        kind,
+        MARKED_EVENTS[kind],
+        told("total"),
+        told("grad_norm"),
+        restored if isinstance(restored, int) else None,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus.adapters.base import Adapter
+from nexus.config import Optimizer
 from nexus.data.records import Record
 from nexus.errors import ConfigError
 from nexus.student.memory import NexusStudent
@@ -95,7 +96,7 @@ class LoopSettings:
     """What the loop needs of the run's configuration; see `nexus.config.DistillConfig` for meanings."""
 
     steps: int
-    optimizer: Literal["adamw", "muon"]
+    optimizer: Optimizer
     learning_rate: float
     warmup_steps: int
     weight_decay: float
@@ -625,6 +626,11 @@ def _optimizer(objective: DistillationObjective, settings: LoopSettings) -> torc
     rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": ADAM_BETAS}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, foreach=True, **rates)
+    if settings.optimizer != "muon":
+        # bitsandbytes takes a second to import, and is wanted here alone.
+        from nexus.training.eight_bit import AdamW8bit
+
+        return AdamW8bit(groups, paged=settings.optimizer == "paged_adamw8bit", **rates)
     return MuonAdamW(matrices, groups, weight_decay=settings.weight_decay, **rates)
 
 
