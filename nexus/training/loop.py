@@ -231,6 +231,9 @@ class DistillationLoop:
         if surgery is not None:
             self._parts["surgery"] = surgery
         self._shared, self._others = _surgery_subset(objective, settings)
+        self._one_by_one = settings.surgery_subset != "adapters_and_trunk"
+        """Whether a step between two plans differentiates each teacher's loss by itself. Where the parameters outside the subset lie
+        in the trunk too, two passes over one graph would take half a step more; one over each teacher's graph takes nothing more."""
         self._operation: SurgerySteps | None = None
         if settings.surgery_method != "none" and surgery is not None:
             self._operation = SurgerySteps(settings.surgery_method, every=settings.surgery_every, seed=settings.seed)
@@ -486,7 +489,7 @@ class DistillationLoop:
         outcome = None
         if self._operation is None or combined is None or not combined.coefficients:
             total.backward()
-        elif self._operation.due(tuple(combined.coefficients)):
+        elif self._one_by_one or self._operation.due(tuple(combined.coefficients)):
             gradients = TeacherGradients(self._shared, self._others)
             self._differentiate(gradients, parts)
             outcome = self._write(gradients, combined, factor)

@@ -391,19 +391,37 @@ def test_surgery_reports_what_it_found_on_the_steps_that_it_is_due(spec, tokeniz
     assert -1.0 <= found.cosines["same"]["labels"] <= 1.0
 
 
-def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec, tokenizer):
+@pytest.mark.parametrize("subset", ["adapters_and_trunk", "trunk"])
+def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec, tokenizer, subset):
     """On one and the same batch, the reused plan gives what a new one would."""
     gradients = {}
     for every in (1, 5):
-        loop, _ = _loop(
-            spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0
-        )
+        changes = {"surgery_method": "upgrad", "surgery_every": every, "surgery_subset": subset}
+        loop, _ = _loop(spec, tokenizer, learning_rate=0.0, weight_decay=0.0, **changes)
         loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
         loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
         _frozen(loop)
         loop.advance()
         gradients[every] = _gradient(loop)
     torch.testing.assert_close(gradients[5], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("subset", ["adapters_and_trunk", "trunk"])
+def test_surgery_goes_back_through_the_trunk_once_for_each_pass_forward(spec, tokenizer, subset):
+    """What a step of surgery costs, on the step that finds the plan and on those that use it."""
+    loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=3, surgery_subset=subset)
+    passes = {"forward": 0, "backward": 0}
+
+    def count(name):
+        passes[name] += 1
+
+    layer = loop.objective.student.core.layers[0]
+    layer.register_forward_hook(lambda *_: count("forward"))
+    layer.register_full_backward_hook(lambda *_: count("backward"))
+    reports = [loop.advance() for _ in range(3)]
+    assert [report.surgery is not None for report in reports] == [True, False, False]
+    assert loop._operation._plan.conflicts == 1  # else the steps between would be plain
+    assert passes["backward"] == passes["forward"]
 
 
 @pytest.mark.parametrize("subset", ["adapters", "trunk"])
