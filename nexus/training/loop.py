@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nexus.adapters.base import Adapter
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TrainingDivergedError
 from nexus.student.memory import NexusStudent
 from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.average import WeightAverage
@@ -304,8 +304,7 @@ class DistillationLoop:
         if action != "step":
             self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
-            restored = self.step = self.recovery.rollback()
-            self._forget()
+            restored = self._roll_back()
         else:
             if action == "step":
                 self._step()
@@ -332,6 +331,19 @@ class DistillationLoop:
             wait_s=wait_s,
             restored_step=restored,
         )
+
+    def _roll_back(self) -> int:
+        """Return to a good state; its step, also where recovery gives up on it: a checkpoint of that state has to say so."""
+        try:
+            self.step = self.recovery.rollback()
+        except TrainingDivergedError:
+            returned_to = self.recovery.incidents[-1].returned_to
+            assert returned_to is not None
+            self.step = returned_to
+            raise
+        finally:
+            self._forget()
+        return self.step
 
     def _step(self) -> None:
         before = (self._warming_up, self.scheduler.phase, self._teaching(self.step))

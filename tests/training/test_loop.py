@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest_training import CAPABILITIES, facts, image_rows, label_targets, text_rows, token_targets
 
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TrainingDivergedError
 from nexus.student.memory import NexusStudent
 from nexus.training.batches import Assignment, StepBatches
 from nexus.training.loop import DistillationLoop, LoopSettings, Spike, parse_spike
@@ -194,6 +194,28 @@ def test_a_run_makes_its_steps_saves_on_schedule_and_lowers_the_losses(spec, tok
     assert reports[-1].gold < reports[0].gold
     assert sum(reports[5].coefficients.values()) == pytest.approx(1.0)
     assert reports[0].learning_rate < reports[1].learning_rate
+
+
+def test_where_recovery_gives_up_the_loop_stands_at_the_step_of_the_state_that_it_kept(spec, tokenizer):
+    """Else a checkpoint of it would claim steps that its weights never made, and a resume would leave them out."""
+    loop, _ = _loop(spec, tokenizer, recovery=RecoveryConfig(max_rollbacks=0))
+    states = {}
+
+    def remember(report):
+        states[loop.step] = (_weights(loop), _copy(loop.state_dict()))
+
+    loop.run(on_report=remember, should_stop=lambda: loop.step >= 6, save=lambda: None)
+    weights, state = states[4]  # the newest snapshot
+    with torch.no_grad():
+        next(loop.objective.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingDivergedError, match="state of step 4"):
+        loop.advance()
+    kept = loop.state_dict()
+    assert kept["step"] == 4
+    _assert_equal(_weights(loop), weights)
+    for part in ("scheduler", "batches"):
+        assert kept[part] == state[part]
+    assert loop.advance().step == 4
 
 
 def test_targets_of_later_draws_are_asked_before_a_step_and_collected_in_order(spec, tokenizer):
