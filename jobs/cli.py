@@ -296,7 +296,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Draw report.html of a run from its files alone."""
-    from nexus.assembly.report import load_report_data, render_table, write_report
+    from nexus.assembly.report import load_report_data, render_table, render_transports, write_report
 
     data = load_report_data(run_dir)
     path = run_dir / "report.html"
@@ -305,6 +305,7 @@ def report(
         _print_json({"report": str(path), "metrics": data.metrics.model_dump(mode="json")})
     else:
         typer.echo(render_table(data.metrics), nl=False)
+        typer.echo(render_transports(data.metrics), nl=False)
         typer.echo(f"report: {path}")
 
 
