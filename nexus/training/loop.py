@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nexus.adapters.base import Adapter
 from nexus.config import Optimizer
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TrainingDivergedError
 from nexus.student.memory import NexusStudent
 from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.average import WeightAverage
@@ -236,6 +236,9 @@ class DistillationLoop:
         if surgery is not None:
             self._parts["surgery"] = surgery
         self._shared, self._others = _surgery_subset(objective, settings)
+        self._one_by_one = settings.surgery_subset != "adapters_and_trunk"
+        """Whether a step between two plans differentiates each teacher's loss by itself. Where the parameters outside the subset lie
+        in the trunk too, two passes over one graph would take half a step more; one over each teacher's graph takes nothing more."""
         self._operation: SurgerySteps | None = None
         if settings.surgery_method != "none" and surgery is not None:
             self._operation = SurgerySteps(settings.surgery_method, every=settings.surgery_every, seed=settings.seed)
@@ -308,8 +311,7 @@ class DistillationLoop:
         if action != "step":
             self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
-            restored = self.step = self.recovery.rollback()
-            self._forget()
+            restored = self._roll_back()
         else:
             if action == "step":
                 self._step()
@@ -338,6 +340,19 @@ class DistillationLoop:
             wait_s=wait_s,
             restored_step=restored,
         )
+
+    def _roll_back(self) -> int:
+        """Return to a good state; its step, also where recovery gives up on it: a checkpoint of that state has to say so."""
+        try:
+            self.step = self.recovery.rollback()
+        except TrainingDivergedError:
+            returned_to = self.recovery.incidents[-1].returned_to
+            assert returned_to is not None
+            self.step = returned_to
+            raise
+        finally:
+            self._forget()
+        return self.step
 
     def _step(self) -> None:
         before = (self._warming_up, self.scheduler.phase, self._teaching(self.step))
@@ -502,7 +517,7 @@ class DistillationLoop:
         outcome = None
         if self._operation is None or combined is None or not combined.coefficients:
             total.backward()
-        elif self._operation.due(tuple(combined.coefficients)):
+        elif self._one_by_one or self._operation.due(tuple(combined.coefficients)):
             gradients = TeacherGradients(self._shared, self._others)
             self._differentiate(gradients, parts)
             outcome = self._write(gradients, combined, factor)
