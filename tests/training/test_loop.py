@@ -111,6 +111,7 @@ def _loop(
     rows=2,
     source=None,
     assignments=ASSIGNMENTS,
+    standardise="scale",
     **changes,
 ):
     torch.manual_seed(0)
@@ -126,6 +127,7 @@ def _loop(
         top_k=8,
         response_weight=1.0,
         max_length=64,
+        standardise=standardise,
     )
     batches = StepBatches(
         {assignment: CyclingStream(found, rows) for assignment, found in assignments.items()} if taught else {},
@@ -241,6 +243,7 @@ def test_the_run_is_reproducible(spec, tokenizer):
         ({"surgery_method": "upgrad"}, True),
         ({}, False),
         ({"optimizer": "muon"}, True),
+        ({"optimizer": "adamw8bit", "standardise": "phi_s"}, True),
         ({"surgery_method": "pcgrad", "surgery_every": 3, "accumulate": 2, "ema_decay": 0.9}, True),
         ({"ramps": {"labels": (2, 3)}, "schedule": "wsd"}, True),
     ],
@@ -312,7 +315,7 @@ def test_a_nan_is_skipped_without_costing_a_step_and_changes_nothing(spec, token
     assert loop.step == 8
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, tokenizer, optimizer):
     recovery = RecoveryConfig(flags_to_rollback=1, certify_steps=1, suspect_margin=0, warmup=4, window=8)
     loop, source = _loop(
@@ -372,6 +375,7 @@ def test_the_anchor_weight_follows_its_schedule(spec, tokenizer):
         report = loop.advance()
         losses[start] = report.losses["same"]
         anchor = report.anchor["same"]
+        assert report.anchor_weight == start
     assert losses[2.0] - losses[0.0] == pytest.approx(2.0 * anchor, rel=1e-4)
 
 
@@ -656,6 +660,9 @@ def test_a_later_teacher_is_not_asked_before_its_step_and_rises_in_weight(spec, 
     _, reports = _run(loop)
     assert [set(report.losses) for report in reports[:3]] == [{"same"}, {"same"}, {"labels", "same"}]
     assert min(draw for draw, teacher in asked if teacher == "labels") == 2
+    assert [report.shares for report in reports] == [
+        {"labels": share} for share in (0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)
+    ]
     weights = [report.coefficients["labels"] for report in reports[2:6]]
     assert weights[0] < 0.3
     assert weights[0] < weights[3]
