@@ -362,10 +362,16 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
+    device = session.student_device()
     planned = session.planned_places
-    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
+        options = session.actor_options(f"trainer:{student}")
+        if planned is not None:
+            options |= planned.options[f"student:{student}"][0]
+        elif device == "cuda":
+            options |= {"num_gpus": share}
         plan = TrainerPlan(
             config=config,
             run_dir=str(session.run.path),
@@ -373,10 +379,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            device=device if options.get("num_gpus") else "cpu",
             sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}")
-        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}

@@ -44,6 +44,8 @@ class TrainerPlan:
     """`distilled` or `labels_only`; names the checkpoint folder and the events."""
     teachers: tuple[TeacherFacts, ...]
     inject_spike: str | None
+    device: str
+    """Of the student: `cpu`, or `cuda` for the GPU that Ray gave to this actor."""
     sleep: Sleep | None = None
     """How its teachers share memory; None when all stay awake."""
 
@@ -170,6 +172,7 @@ class TrainerActor:
             source=source,
             taught=taught,
             inject_spike=plan.inject_spike,
+            device=plan.device,
         )
         fingerprint = training_fingerprint(plan.config)
         found = load_checkpoint(folder, fingerprint=fingerprint)

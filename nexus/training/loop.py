@@ -380,6 +380,8 @@ class DistillationLoop:
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
+            # Asking for it would start CUDA in a process that has not used it.
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -395,6 +397,7 @@ class DistillationLoop:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
         self._forget()
 
     # --- targets --------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def build_loop(
     source: TargetSource | None,
     taught: bool,
     inject_spike: str | None = None,
+    device: str = "cpu",
 ) -> DistillationLoop:
     """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything.
 
@@ -80,6 +81,7 @@ def build_loop(
         source: where targets come from; needed when taught.
         taught: False trains the same student from the labelled rows alone.
         inject_spike: see `parse_spike`.
+        device: of the student. Its weights are drawn on the CPU, so that they are the same everywhere.
 
     Raises:
         ConfigError, DataError, ArtifactError: when the configuration's parts do not fit each other or the data.
@@ -107,7 +109,7 @@ def build_loop(
         transports={teacher.id: transport_of(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         tokenizers=teacher_tokenizers(config, run_dir, teachers),
         head_of=None if source is None else lambda teacher: source.head(teacher),
-    )
+    ).to(device)
     importance = {teacher.id: teacher.importance for teacher in teachers}
     surgery = (
         GradientSurgeryLoss(
