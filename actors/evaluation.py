@@ -176,6 +176,7 @@ def build_metrics(session: Session) -> Metrics:
             teacher.id: session.events.taught_tokens("distilled").get(teacher.id, 0)
             for teacher in session.config.teachers
         },
+        aligned_share=session.events.aligned_shares("distilled"),
         seed=session.config.seed,
     )
 

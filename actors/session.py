@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -172,17 +172,23 @@ class Session:
 
     @property
     def pool(self) -> TeacherPool:
-        """The teachers, loaded."""
-        if self._pool is None:
+        """The teachers, all loaded."""
+        return self.load([teacher.id for teacher in self.teachers])
+
+    def load(self, ids: Collection[str]) -> TeacherPool:
+        """A pool in which at least these teachers are loaded; the others get no process before they are asked for here."""
+        if self._pool is None or not self._reports.keys() >= set(ids):
             self.cluster  # noqa: B018  # connects
             from actors.pool import TeacherPool, sleep_of
 
-            specs = self.specs
+            present = self._reports
+            specs = [spec for spec in self.specs if spec.id in ids or spec.id in present]
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
             planned = self.planned_places
             if planned is not None:
                 replicas = {spec.id: len(planned.options[spec.id]) for spec in specs}
             start = time.perf_counter()
+            # Actors that run already are found by their names; the earlier pool keeps them alive until then.
             self._pool, self._reports = TeacherPool.start(
                 specs,
                 replicas=replicas,
@@ -196,7 +202,7 @@ class Session:
                 check=self.check_signals,
                 sleep=sleep_of(self.config) if planned is None else planned.sleep,
             )
-            for report in self._reports.values():
+            for report in (report for name, report in self._reports.items() if name not in present):
                 self.reporter.line(
                     f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
                     f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
@@ -223,6 +229,12 @@ class Session:
         """What each teacher said after loading."""
         self.pool  # noqa: B018  # loads
         return self._reports
+
+    def reports_of(self, ids: Collection[str]) -> dict[str, LoadReport]:
+        """What these teachers said after loading; loads no others."""
+        if ids:
+            self.load(ids)
+        return {teacher: self._reports[teacher] for teacher in ids}
 
     def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
         """The teachers of `capability` that answer in text: language models, and encoders with label texts."""

@@ -437,24 +437,25 @@ def _tokenizer_folder(session: Session) -> Path:
 def _teacher_facts(
     session: Session, profiles: Mapping[str, NIWTProfile], *, from_files: bool
 ) -> tuple[TeacherFacts, ...]:
-    """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, so that
-    a run whose targets are all cached loads no teacher."""
+    """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, and
+    does not load them."""
     from transformers import AutoTokenizer
 
     from nexus.towers.loader import tokenizer_hash
     from nexus.training.facts import TeacherFacts, TeacherFactsFile
 
     config = session.config
-    if from_files and len(config.cached_teachers) == len(config.teachers):
-        return tuple(
-            fact
-            for teacher in config.cached_teachers
-            for fact in read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()
-        )
-    reports = session.load_reports
+    written = {
+        teacher: read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()[0]
+        for teacher in (config.cached_teachers if from_files else ())
+    }
+    live = [teacher.id for teacher in config.teachers if teacher.id not in written]
+    reports = session.reports_of(live)
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
-        TeacherFacts(
+        written[teacher.id]
+        if teacher.id in written
+        else TeacherFacts(
             id=teacher.id,
             role=session.roles[teacher.id],
             importance=teacher.importance,
@@ -468,7 +469,7 @@ def _teacher_facts(
             if teacher.anchor
             else (),
         )
-        for teacher in session.config.teachers
+        for teacher in config.teachers
     )
 
 

@@ -271,6 +271,9 @@ class TrainerActor:
         }
         if report.excluded:
             numbers["excluded"] = list(report.excluded)
+        if report.anchor:
+            numbers["anchor_weight"] = round(report.anchor_weight, 6)
+            numbers["shares"] = dict(report.shares)
         if report.aligned:
             numbers["aligned"] = dict(report.aligned)
         if report.surgery is not None:

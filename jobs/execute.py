@@ -260,10 +260,11 @@ def _print_result(
         print(json.dumps(document))
         return
     if metrics is not None:
-        from nexus.assembly.report import render_table
+        from nexus.assembly.report import render_table, render_transports
 
         print(render_table(metrics), end="")
         print(_shares(metrics))
+        print(render_transports(metrics), end="")
         print(f"report: {out / 'report.html'}")
         print(f"bundle: {out / 'bundle'}")
     print(f"{last}: complete in {seconds:.1f} s")

@@ -52,7 +52,7 @@ from nexus.training.batches import Assignment
 from nexus.training.cross_tokenizer import CrossTokenizerLoss, TextAligner, cross_tokenizer_loss
 from nexus.training.divergence import kd_loss, sampled_kl, topk_tail_kl
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
-from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
+from nexus.training.features import STANDARDISERS, Standardisation, cosine_smooth_l1_anchor
 from nexus.training.hidden_divergence import DISTILL_MIX, FORWARD_KL, OutputHead, Term, hidden_divergence
 from nexus.training.labels import LabelTokens
 from nexus.training.one_pass import StudentRows, dense_one_pass, hidden_one_pass, topk_one_pass
@@ -106,6 +106,7 @@ class DistillationObjective(nn.Module):
         max_length: int,
         divergence: Divergence = "mix",
         precision: Literal["float32", "bfloat16"] = "float32",
+        standardise: Standardisation = "scale",
         transports: Mapping[str, TokenTransport] | None = None,
         head_of: Callable[[str], TeacherHead] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
@@ -114,6 +115,7 @@ class DistillationObjective(nn.Module):
         Args:
             divergence: of the token distributions; draws have only the forward KL.
             precision: of the student's passes; bfloat16 runs them under autocast.
+            standardise: what makes the teachers' features comparable.
             transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
             head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
             tokenizers: of the teachers whose distributions are learned from although their tokenizer is another.
@@ -145,7 +147,7 @@ class DistillationObjective(nn.Module):
             }
         )
         self.standardisers = {
-            _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
+            _key(teacher.id, layer): STANDARDISERS[standardise](teacher.hidden_size)
             for teacher in teachers
             for layer in _anchored(teacher)
         }
@@ -470,7 +472,7 @@ class DistillationObjective(nn.Module):
         mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool)
         standardiser = self.standardisers[key]
         standardiser.update(target_BTH, mask_BT)
-        return cosine_smooth_l1_anchor(predicted_BTH, standardiser(target_BTH), mask_BT)
+        return cosine_smooth_l1_anchor(standardiser.rotate(predicted_BTH), standardiser(target_BTH), mask_BT)
 
     def _language_pairs(
         self, teacher: TeacherFacts, layer: int, passed: _Passed, states_NH: Tensor, targets: TeacherTargets

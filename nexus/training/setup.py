@@ -103,6 +103,7 @@ def build_loop(
         max_length=config.student.max_length,
         divergence=distill.divergence,
         precision=distill.precision,
+        standardise=distill.standardise,
         transports={teacher.id: transport_of(config, teacher.id) for teacher in teachers if teacher.shares_tokenizer},
         tokenizers=teacher_tokenizers(config, run_dir, teachers),
         head_of=None if source is None else lambda teacher: source.head(teacher),
