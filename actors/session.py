@@ -282,10 +282,14 @@ class Session:
             DataError: a data file is missing, empty, or of an unknown kind.
             TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
         """
+        import torch
+
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
 
         self._check_positions()
+        if self.target.mode == "local":
+            check_device(self.config, torch.cuda.device_count(), "this machine, where a local Ray starts")
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
@@ -400,6 +404,21 @@ class Session:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         return 0.0 if not gpus else 1.0 / -(-sharers // gpus)
 
+    def student_device(self) -> str:
+        """Where students train: `cuda` where the configuration and the cluster have it, else `cpu`.
+
+        Raises:
+            ConfigError: the cluster has no GPU, and the configuration needs one.
+        """
+        if self.config.distill.device == "cpu":
+            return "cpu"
+        self.cluster  # noqa: B018  # connects
+        import ray
+
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        check_device(self.config, num_gpus, self.cluster.description)
+        return "cuda" if num_gpus else "cpu"
+
     def actor_options(self, name: str) -> dict[str, Any]:
         """Options of a controlling actor: named, on this node (the run directory is here), holding no CPU."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -410,6 +429,25 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
+
+
+def check_device(config: RunConfig, num_gpus: int, where: str) -> None:
+    """Refuse a student that needs a GPU where there is none.
+
+    Raises:
+        ConfigError: naming device, setting and remedy.
+    """
+    distill = config.distill
+    if num_gpus:
+        return
+    for is_wanted, setting, remedy in (
+        (distill.device == "cuda", "device cuda", "Set distill.device to cpu or auto"),
+        (distill.optimizer == "paged_adamw8bit", "optimizer paged_adamw8bit", "Set distill.optimizer to adamw8bit"),
+    ):
+        if is_wanted:
+            raise ConfigError(
+                f"Expected a GPU for distill.{setting}, found the device cpu alone ({where}). {remedy}, or join a cluster with a GPU."
+            )
 
 
 def _chosen(config: RunConfig, ids: Sequence[str] | None) -> tuple[TeacherConfig, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, RunConfig, resolve_path
+from nexus.errors import ArtifactError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
@@ -350,7 +351,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
 
     config = session.config
     if inject_spike is not None:
-        parse_spike(inject_spike)
+        parse_spike(inject_spike, steps=config.distill.steps)
     facts = _teacher_facts(session, _profiles(session), from_files=True)
     check_answered(
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
@@ -362,10 +363,16 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
+    device = session.student_device()
     planned = session.planned_places
-    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
+        options = session.actor_options(f"trainer:{student}")
+        if planned is not None:
+            options |= planned.options[f"student:{student}"][0]
+        elif device == "cuda":
+            options |= {"num_gpus": share}
         plan = TrainerPlan(
             config=config,
             run_dir=str(session.run.path),
@@ -373,10 +380,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            device=device if options.get("num_gpus") else "cpu",
             sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}")
-        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}
@@ -451,6 +457,12 @@ def _teacher_facts(
     }
     live = [teacher.id for teacher in config.teachers if teacher.id not in written]
     reports = session.reports_of(live)
+    for teacher in live:
+        if profiles[teacher].revision != reports[teacher].fingerprint:
+            raise ArtifactError(
+                f"Expected teacher {teacher} as it was profiled ({profiles[teacher].revision}), found another "
+                f"({reports[teacher].fingerprint}). Put the former back, or choose another --out to begin anew."
+            )
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
         written[teacher.id]

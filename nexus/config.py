@@ -264,9 +264,7 @@ class DistillConfig(ConfigSection):
     adamw8bit: AdamW with two moments of 8 bits each in place of 32. paged_adamw8bit: the same, in memory that leaves the GPU when
     something else wants it; it needs a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the student trains; auto takes a GPU where the cluster has one."""
-    gpu_share: float | None = Field(None, gt=0, le=1)
-    """Of a GPU, that each trainer asks Ray for; None takes an equal part among the actors, or what the plan says."""
+    """Where the student trains; auto takes a GPU where the cluster has one. Its part of that follows cluster.placement."""
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
@@ -338,8 +336,6 @@ class DistillConfig(ConfigSection):
                 "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit, or set "
                 "distill.device to cuda"
             )
-        if self.device == "cpu" and self.gpu_share is not None:
-            raise ValueError("gpu_share has no effect while device is cpu; remove it")
         return self
 
     @model_validator(mode="after")

@@ -230,7 +230,8 @@ def cross_tokenizer_loss(
     own_known_M = own_M.any(dim=-1)
 
     student_offsets, teacher_offsets = (
-        torch.from_numpy(offsets) for offsets in (alignment.student_offsets_S1, alignment.teacher_offsets_S1)
+        torch.from_numpy(offsets).to(student_logits_NV.device)
+        for offsets in (alignment.student_offsets_S1, alignment.teacher_offsets_S1)
     )
     student_counts_S, teacher_counts_S = student_offsets.diff(), teacher_offsets.diff()
     single_S = (student_counts_S == 1) & (teacher_counts_S == 1)
@@ -262,7 +263,7 @@ def cross_tokenizer_loss(
         for step in range(steps)
     ]
     if pairs and uld_weight > 0.0:
-        rows_N, rows_M = torch.tensor(pairs).unbind(dim=1)
+        rows_N, rows_M = torch.tensor(pairs, device=log_q_NV.device).unbind(dim=1)
         values.append(uld_weight * _sorted_distance(log_q_NV[rows_N], log_p_MK[rows_M], tail_p_M[rows_M]))
     scored = int(student_counts_S.sum())
     aligned = int(student_counts_S[~unaligned_S].sum())
@@ -271,6 +272,7 @@ def cross_tokenizer_loss(
 
 def _token_kl(log_q_SV: Tensor, ids_SK: Tensor, log_p_SK: Tensor, tail_p_S: Tensor, common: CommonIds) -> Tensor:
     """KL over the kept ids that the student has too, and the rest as one bin [S]."""
+    common = CommonIds(common.teacher_ids_C.to(ids_SK.device), common.student_ids_C.to(ids_SK.device))
     places_SK = torch.searchsorted(common.teacher_ids_C, ids_SK).clamp_max(max(0, len(common.teacher_ids_C) - 1))
     if len(common.teacher_ids_C):
         shared_SK = common.teacher_ids_C[places_SK] == ids_SK
@@ -282,7 +284,7 @@ def _token_kl(log_q_SV: Tensor, ids_SK: Tensor, log_p_SK: Tensor, tail_p_S: Tens
     log_p_SJ = torch.log_softmax(torch.cat([bins_p_SK, rest_p_S[:, None]], dim=-1), dim=-1).to(log_q_SV.dtype)
     bins_q_SK = log_q_SV.gather(-1, student_ids_SK)
     taken_SV = torch.zeros_like(log_q_SV, dtype=torch.bool)
-    rows_S1 = torch.arange(len(ids_SK))[:, None].expand_as(ids_SK)
+    rows_S1 = torch.arange(len(ids_SK), device=ids_SK.device)[:, None].expand_as(ids_SK)
     taken_SV[rows_S1[shared_SK], student_ids_SK[shared_SK]] = True
     rest_q_S = logsumexp_or_absent(log_q_SV.masked_fill(taken_SV, -math.inf))
     return _bins_kl(torch.cat([bins_q_SK, rest_q_S[:, None]], dim=-1), log_p_SJ)
@@ -324,7 +326,7 @@ def _sorted_distance(log_q_RV: Tensor, log_p_RK: Tensor, tail_p_R: Tensor) -> Te
 
 
 def _span_sums(values_N: Tensor, counts_S: Tensor) -> Tensor:
-    spans_N = torch.repeat_interleave(torch.arange(len(counts_S)), counts_S)
+    spans_N = torch.repeat_interleave(torch.arange(len(counts_S), device=counts_S.device), counts_S)
     return values_N.new_zeros(len(counts_S)).index_add(0, spans_N, values_N)
 
 

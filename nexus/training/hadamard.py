@@ -86,7 +86,7 @@ def _is_prime(number: int) -> bool:
 
 
 def _even_out(variances_H: Tensor) -> Tensor:
-    """The matrix for one diagonal: each of H - 1 rotations of two dimensions, one below and one above the mean, settles one of them."""
+    """The matrix for one diagonal: each of H - 1 rotations of two dimensions around the mean settles one of them."""
     values = variances_H.tolist()
     mean = sum(values) / len(values)
     rotation = torch.eye(len(values), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -295,7 +296,7 @@ def test_the_axes_turn_when_twice_as_much_was_seen_and_then_stay() -> None:
     for step in range(9):
         standardiser.update(mixed(30 + step, 8), torch.ones(8))
         axes.append(standardiser.state_dict()["rotation_HH"])
-    turned = [not torch.equal(one, other) for one, other in zip(axes, axes[1:], strict=False)]
+    turned = [not torch.equal(one, other) for one, other in itertools.pairwise(axes)]
     # At 16, 32 and, frozen, 64 vectors; the ninth update finds it frozen.
     assert turned == [True, False, True, False, False, False, True, False]
     state = standardiser.state_dict()
