@@ -182,6 +182,9 @@ class Session:
             planned = self.planned_places
             if planned is not None:
                 replicas = {spec.id: len(planned.options[spec.id]) for spec in specs}
+                specs = [
+                    dataclasses.replace(spec, streamed=spec.streamed or spec.id in planned.streamed) for spec in specs
+                ]
             start = time.perf_counter()
             self._pool, self._reports = TeacherPool.start(
                 specs,
