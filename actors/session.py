@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -172,12 +172,17 @@ class Session:
 
     @property
     def pool(self) -> TeacherPool:
-        """The teachers, loaded."""
-        if self._pool is None:
+        """The teachers, all loaded."""
+        return self.load([teacher.id for teacher in self.teachers])
+
+    def load(self, ids: Collection[str]) -> TeacherPool:
+        """A pool in which at least these teachers are loaded; the others get no process before they are asked for here."""
+        if self._pool is None or not self._reports.keys() >= set(ids):
             self.cluster  # noqa: B018  # connects
             from actors.pool import TeacherPool, sleep_of
 
-            specs = self.specs
+            present = self._reports
+            specs = [spec for spec in self.specs if spec.id in ids or spec.id in present]
             replicas = {teacher.id: teacher.replicas for teacher in self.teachers}
             planned = self.planned_places
             if planned is not None:
@@ -186,6 +191,7 @@ class Session:
                     dataclasses.replace(spec, streamed=spec.streamed or spec.id in planned.streamed) for spec in specs
                 ]
             start = time.perf_counter()
+            # Actors that run already are found by their names; the earlier pool keeps them alive until then.
             self._pool, self._reports = TeacherPool.start(
                 specs,
                 replicas=replicas,
@@ -199,7 +205,7 @@ class Session:
                 check=self.check_signals,
                 sleep=sleep_of(self.config) if planned is None else planned.sleep,
             )
-            for report in self._reports.values():
+            for report in (report for name, report in self._reports.items() if name not in present):
                 self.reporter.line(
                     f"teacher {report.teacher}: {report.num_params:,} parameters, {report.quantised_share:.0%} in NF4 "
                     f"({report.bits_per_param:.2f} bits per parameter over all), weight error at most {report.max_weight_error:.3f}"
@@ -226,6 +232,12 @@ class Session:
         """What each teacher said after loading."""
         self.pool  # noqa: B018  # loads
         return self._reports
+
+    def reports_of(self, ids: Collection[str]) -> dict[str, LoadReport]:
+        """What these teachers said after loading; loads no others."""
+        if ids:
+            self.load(ids)
+        return {teacher: self._reports[teacher] for teacher in ids}
 
     def answering_teachers(self, capability: str) -> tuple[TeacherConfig, ...]:
         """The teachers of `capability` that answer in text: language models, and encoders with label texts."""
@@ -273,10 +285,14 @@ class Session:
             DataError: a data file is missing, empty, or of an unknown kind.
             TowerLoadError: a teacher's files are not on this machine, or its role has no loader.
         """
+        import torch
+
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
 
         self._check_positions()
+        if self.target.mode == "local":
+            check_device(self.config, torch.cuda.device_count(), "this machine, where a local Ray starts")
         self.specs  # noqa: B018  # resolves
         for source in self.config.data:
             for texts in (source.pool, source.labelled, source.test):
@@ -391,6 +407,21 @@ class Session:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         return 0.0 if not gpus else 1.0 / -(-sharers // gpus)
 
+    def student_device(self) -> str:
+        """Where students train: `cuda` where the configuration and the cluster have it, else `cpu`.
+
+        Raises:
+            ConfigError: the cluster has no GPU, and the configuration needs one.
+        """
+        if self.config.distill.device == "cpu":
+            return "cpu"
+        self.cluster  # noqa: B018  # connects
+        import ray
+
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        check_device(self.config, num_gpus, self.cluster.description)
+        return "cuda" if num_gpus else "cpu"
+
     def actor_options(self, name: str) -> dict[str, Any]:
         """Options of a controlling actor: named, on this node (the run directory is here), holding no CPU."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -401,6 +432,25 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
+
+
+def check_device(config: RunConfig, num_gpus: int, where: str) -> None:
+    """Refuse a student that needs a GPU where there is none.
+
+    Raises:
+        ConfigError: naming device, setting and remedy.
+    """
+    distill = config.distill
+    if num_gpus:
+        return
+    for is_wanted, setting, remedy in (
+        (distill.device == "cuda", "device cuda", "Set distill.device to cpu or auto"),
+        (distill.optimizer == "paged_adamw8bit", "optimizer paged_adamw8bit", "Set distill.optimizer to adamw8bit"),
+    ):
+        if is_wanted:
+            raise ConfigError(
+                f"Expected a GPU for distill.{setting}, found the device cpu alone ({where}). {remedy}, or join a cluster with a GPU."
+            )
 
 
 def _chosen(config: RunConfig, ids: Sequence[str] | None) -> tuple[TeacherConfig, ...]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, RunConfig, resolve_path
+from nexus.errors import ArtifactError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
@@ -353,7 +354,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
 
     config = session.config
     if inject_spike is not None:
-        parse_spike(inject_spike)
+        parse_spike(inject_spike, steps=config.distill.steps)
     facts = _teacher_facts(session, _profiles(session), from_files=True)
     check_answered(
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
@@ -365,10 +366,16 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
     students = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     actors = {}
     references = {}
+    device = session.student_device()
     planned = session.planned_places
-    share = 0.0 if planned else session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
+    share = session.gpu_share(sum(teacher.replicas for teacher in config.teachers) + len(students))
     remote = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # Ray left it out of its types
     for student in students:
+        options = session.actor_options(f"trainer:{student}")
+        if planned is not None:
+            options |= planned.options[f"student:{student}"][0]
+        elif device == "cuda":
+            options |= {"num_gpus": share}
         plan = TrainerPlan(
             config=config,
             run_dir=str(session.run.path),
@@ -376,10 +383,9 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
             student=student,
             teachers=facts,
             inject_spike=inject_spike if student == "distilled" else None,
+            device=device if options.get("num_gpus") else "cpu",
             sleep=sleep_of(config) if planned is None else planned.sleep,
         )
-        options = session.actor_options(f"trainer:{student}")
-        options |= {"num_gpus": share} if planned is None else planned.options[f"student:{student}"][0]
         actors[student] = remote(TrainerActor).options(**options).remote(plan)
         references[actors[student].train.remote()] = student
     results = {}
@@ -442,24 +448,31 @@ def _tokenizer_folder(session: Session) -> Path:
 def _teacher_facts(
     session: Session, profiles: Mapping[str, NIWTProfile], *, from_files: bool
 ) -> tuple[TeacherFacts, ...]:
-    """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, so that
-    a run whose targets are all cached loads no teacher."""
+    """What training has to know of every teacher; `from_files` takes those with cached targets from what extraction wrote, and
+    does not load them."""
     from transformers import AutoTokenizer
 
     from nexus.towers.loader import tokenizer_hash
     from nexus.training.facts import TeacherFacts, TeacherFactsFile
 
     config = session.config
-    if from_files and len(config.cached_teachers) == len(config.teachers):
-        return tuple(
-            fact
-            for teacher in config.cached_teachers
-            for fact in read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()
-        )
-    reports = session.load_reports
+    written = {
+        teacher: read_artifact(session.run.path / "targets" / teacher / FACTS_FILE, TeacherFactsFile).to_facts()[0]
+        for teacher in (config.cached_teachers if from_files else ())
+    }
+    live = [teacher.id for teacher in config.teachers if teacher.id not in written]
+    reports = session.reports_of(live)
+    for teacher in live:
+        if profiles[teacher].revision != reports[teacher].fingerprint:
+            raise ArtifactError(
+                f"Expected teacher {teacher} as it was profiled ({profiles[teacher].revision}), found another "
+                f"({reports[teacher].fingerprint}). Put the former back, or choose another --out to begin anew."
+            )
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
-        TeacherFacts(
+        written[teacher.id]
+        if teacher.id in written
+        else TeacherFacts(
             id=teacher.id,
             role=session.roles[teacher.id],
             importance=teacher.importance,
@@ -473,7 +486,7 @@ def _teacher_facts(
             if teacher.anchor
             else (),
         )
-        for teacher in session.config.teachers
+        for teacher in config.teachers
     )
 
 

@@ -44,6 +44,8 @@ class TrainerPlan:
     """`distilled` or `labels_only`; names the checkpoint folder and the events."""
     teachers: tuple[TeacherFacts, ...]
     inject_spike: str | None
+    device: str
+    """Of the student: `cpu`, or `cuda` for the GPU that Ray gave to this actor."""
     sleep: Sleep | None = None
     """How its teachers share memory; None when all stay awake."""
 
@@ -157,7 +159,7 @@ class TrainerActor:
             save_checkpoint,
             trained_weights,
         )
-        from nexus.training.setup import build_loop, training_fingerprint
+        from nexus.training.setup import build_loop, training_sources
 
         plan = self._plan
         os.chdir(plan.working_dir)
@@ -177,9 +179,11 @@ class TrainerActor:
             inject_spike=plan.inject_spike,
             # Two turns: one fills while the other is used up.
             steps_ahead=None if plan.sleep is None else max(plan.config.distill.window, 2 * plan.sleep.turn),
+            device=plan.device,
         )
-        fingerprint = training_fingerprint(plan.config)
-        found = load_checkpoint(folder, fingerprint=fingerprint)
+        fingerprint = plan.config.fingerprint()
+        sources = training_sources(plan.config, plan.teachers if taught else ())
+        found = load_checkpoint(folder, fingerprint=fingerprint, sources=sources)
         if found is not None:
             _, weights, state = found
             load_trained(loop.objective, weights)
@@ -197,6 +201,7 @@ class TrainerActor:
                 folder,
                 step=loop.step,
                 fingerprint=fingerprint,
+                sources=sources,
                 weights=trained_weights(loop.objective),
                 state=loop.state_dict(),
             )
@@ -281,6 +286,9 @@ class TrainerActor:
         }
         if report.excluded:
             numbers["excluded"] = list(report.excluded)
+        if report.anchor:
+            numbers["anchor_weight"] = round(report.anchor_weight, 6)
+            numbers["shares"] = dict(report.shares)
         if report.aligned:
             numbers["aligned"] = dict(report.aligned)
         if report.surgery is not None:

@@ -162,7 +162,8 @@ def _loss(arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, str(ROOT / "benchmarks" / "loss_memory.py"), "--forms", "nexus"]
     command += ["--divergences", "forward_kl", "--repeats", "2", "--json", str(path)]
     seconds: dict[str, list[float]] = {"nexus": [], "trl": []}
-    peaks = []
+    values: dict[str, float] = {}
+    peaks, trl_peaks = [], []
     rounds = 1 if arguments.trl_python is None else min(3, arguments.rounds)
     for number in range(rounds):
         for name in ("nexus", "trl") if number % 2 == 0 else ("trl", "nexus"):
@@ -170,14 +171,23 @@ def _loss(arguments: argparse.Namespace) -> dict[str, float]:
                 subprocess.run(command, check=False, env=_environment(2), stdout=subprocess.DEVNULL)
                 measured = json.loads(path.read_text())["forward_kl"]["nexus"]
                 peaks.append(measured["gib"])
-                seconds["nexus"].append(measured["seconds"])
             elif arguments.trl_python is not None:
-                seconds["trl"].append(_contender(arguments, "trl_loss")["seconds"])
+                measured = _contender(arguments, "trl_loss")
+                trl_peaks.append(measured["gib"])
+            else:
+                continue
+            seconds[name].append(measured["seconds"])
+            values[name] = measured["loss"]
     found = {"loss_peak_extra_gib": max(peaks)}
     if arguments.trl_python is None:
         print("not measured: loss_time_over_trl (no --trl-python)")
         return found
-    print(f"  nexus {min(seconds['nexus']):.1f} s, TRL's tiles {min(seconds['trl']):.1f} s, forward and backward")
+    print(
+        f"  nexus {min(seconds['nexus']):.1f} s, TRL's tiles {min(seconds['trl']):.1f} s and {max(trl_peaks):.2f} GiB, forward and "
+        f"backward; losses {values['nexus']:.5f} and {values['trl']:.5f}"
+    )
+    if abs(values["nexus"] - values["trl"]) > 1e-3 * values["trl"]:
+        raise SystemExit("the two losses differ: it is not the same computation")
     return found | {"loss_time_over_trl": min(seconds["nexus"]) / min(seconds["trl"])}
 
 
@@ -476,13 +486,19 @@ def _trl_loss(arguments: argparse.Namespace) -> dict[str, Any]:
     teacher = torch.randn(1, tokens, width)
     teacher_head = torch.randn(vocabulary, width) * (2.0 / math.sqrt(width))
     seconds = []
+    Path("/proc/self/clear_refs").write_text("5")  # sets the kernel's peak back to what is resident now
+    before = _peak_gib()
     for _ in range(3):
         student.grad = head.grad = None
         start = time.perf_counter()
         loss = _chunked_divergence_loss(student, teacher, head, teacher_head, torch.ones(1, tokens), beta=0.0)[0]
         loss.backward()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds[1:]), "loss": float(loss.detach())}
+    return {"seconds": min(seconds[1:]), "loss": float(loss.detach()), "gib": _peak_gib() - before}
+
+
+def _peak_gib() -> float:
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / (1 << 20)
 
 
 # --- nexus --------------------------------------------------------------------------------------------------------------------

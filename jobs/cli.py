@@ -168,20 +168,41 @@ def quickstart(
     execute_stages(options, "report", inject_spike=inject_spike)
 
 
-@app.command()
-def pipeline(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-    inject_spike: SpikeOption = None,
-) -> None:
-    """All stages of a run; run again it continues."""
-    options = RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir)
-    execute_stages(options, "report", inject_spike=inject_spike)
+def _stages(last: str, text: str) -> None:
+    """Add the command `last`, which runs the stages up to it."""
+
+    @app.command(last, help=text)
+    def command(
+        config: ConfigOption = None,
+        out: OutOption = None,
+        overrides: SetOption = None,
+        cluster: ClusterOption = "auto",
+        dashboard: DashboardOption = False,
+        as_json: JsonOption = False,
+        models_dir: ModelsOption = None,
+    ) -> None:
+        execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), last)
+
+
+def _training_stages(name: str, last: str, text: str) -> None:
+    """As `_stages`, with a spike on request, since the student trains on the way."""
+
+    @app.command(name, help=text)
+    def command(
+        config: ConfigOption = None,
+        out: OutOption = None,
+        overrides: SetOption = None,
+        cluster: ClusterOption = "auto",
+        dashboard: DashboardOption = False,
+        as_json: JsonOption = False,
+        models_dir: ModelsOption = None,
+        inject_spike: SpikeOption = None,
+    ) -> None:
+        options = RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir)
+        execute_stages(options, last, inject_spike=inject_spike)
+
+
+_training_stages("pipeline", "report", "All stages of a run; run again it continues.")
 
 
 @app.command()
@@ -260,76 +281,11 @@ def profile(
     execute_stages(options, "profile", teachers=chosen, resume=resume)
 
 
-@app.command()
-def extract(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-) -> None:
-    """Write the language teachers' answers to Parquet, once."""
-    execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "extract")
-
-
-@app.command()
-def distill(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-    inject_spike: SpikeOption = None,
-) -> None:
-    """Train the student from its teachers."""
-    options = RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir)
-    execute_stages(options, "distill", inject_spike=inject_spike)
-
-
-@app.command()
-def route(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-) -> None:
-    """Fit the router that picks the student's towers."""
-    execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "route")
-
-
-@app.command()
-def evaluate(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-) -> None:
-    """Score teachers and student on held-out rows."""
-    execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "evaluate")
-
-
-@app.command()
-def export(
-    config: ConfigOption = None,
-    out: OutOption = None,
-    overrides: SetOption = None,
-    cluster: ClusterOption = "auto",
-    dashboard: DashboardOption = False,
-    as_json: JsonOption = False,
-    models_dir: ModelsOption = None,
-) -> None:
-    """Write the student as a bundle that runs without any teacher."""
-    execute_stages(RunOptions(config, out, tuple(overrides or ()), cluster, dashboard, as_json, models_dir), "export")
+_stages("extract", "Write the language teachers' answers to Parquet, once.")
+_training_stages("distill", "distill", "Train the student from its teachers.")
+_stages("route", "Fit the router that picks the student's towers.")
+_stages("evaluate", "Score teachers and student on held-out rows.")
+_stages("export", "Write the student as a bundle that runs without any teacher.")
 
 
 @app.command()
@@ -340,7 +296,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Draw report.html of a run from its files alone."""
-    from nexus.assembly.report import load_report_data, render_table, write_report
+    from nexus.assembly.report import load_report_data, render_table, render_transports, write_report
 
     data = load_report_data(run_dir)
     path = run_dir / "report.html"
@@ -349,6 +305,7 @@ def report(
         _print_json({"report": str(path), "metrics": data.metrics.model_dump(mode="json")})
     else:
         typer.echo(render_table(data.metrics), nl=False)
+        typer.echo(render_transports(data.metrics), nl=False)
         typer.echo(f"report: {path}")
 
 

@@ -105,13 +105,15 @@ def render_verification(row: VerifyRow) -> str:
 def check_document(row: CheckRow) -> dict[str, Any]:
     """One row as plain JSON values."""
     document = asdict(row)
+    # Told to people only; the columns for machines are fixed.
+    del document["method"]
     return {**document, "targets": list(row.targets)}
 
 
 def render_check(row: CheckRow) -> str:
     """One row for people."""
     if row.status == "ok":
-        nf4 = f"{row.quantised_share:.1%} in NF4" if row.quantised else "floating point"
+        nf4 = f"{row.quantised_share:.1%} {row.method}" if row.quantised else "floating point"
         bits = "" if row.bits_per_param is None else f", {row.bits_per_param:.2f} bits"
         outcome = f"ok ({nf4}{bits}; {', '.join(row.targets)})"
     else:

@@ -239,6 +239,9 @@ class Metrics(StrictModel):
     teacher_parameters: dict[str, int]
     teacher_tokens: dict[str, int] = {}
     """Tokens that the student learned from each teacher, over the whole training; 0 for a starved one."""
+    aligned_share: dict[str, float] = {}
+    """Of the student's tokens that were compared with a teacher of another tokenizer, those in spans of text that both tokenizers
+    cut out; the distributions at the others were compared by sorted probabilities alone. Over the whole training."""
     seed: int
 
 

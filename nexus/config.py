@@ -26,6 +26,7 @@ SAMPLES_DIR = Path(__file__).parent / "data" / "samples"
 Role = Literal["causal_lm", "encoder", "codec_lm", "codec", "diffusion", "sae"]
 Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
 Divergence = Literal["mix", "forward_kl"]
+Optimizer = Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"]
 Tower = Literal["reasoning", "vision", "audio"]
 TOWERS: tuple[Tower, ...] = get_args(Tower)
 """The student's towers, in the order of the router's heads."""
@@ -257,8 +258,12 @@ class DistillConfig(ConfigSection):
     """The distillation loop."""
 
     steps: int = Field(gt=0)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay."""
+    optimizer: Optimizer = "adamw"
+    """muon: orthogonalised updates for the matrices of trunk and adapters, AdamW for the rest; it takes AdamW's rate and decay.
+    adamw8bit: AdamW with two moments of 8 bits each in place of 32. paged_adamw8bit: the same, in memory that leaves the GPU when
+    something else wants it; it needs a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the student trains; auto takes a GPU where the cluster has one. Its part of that follows cluster.placement."""
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
@@ -298,6 +303,10 @@ class DistillConfig(ConfigSection):
     anchor_start: float = Field(1.0, ge=0)
     anchor_end: float = Field(0.3, ge=0)
     """The hidden-state anchor's weight decays from start to end along a cosine."""
+    standardise: Literal["scale", "phi_s"] = "scale"
+    """What makes the teachers' hidden states comparable before the student is anchored to them: `scale` centres and divides them by
+    one number; `phi_s` also rotates them so that every dimension has variance 1 (PHI-S, arXiv 2410.01680), at the cost of a matrix of
+    the teacher's width squared for each anchored layer."""
     window: int = Field(3, gt=0)
     """Steps whose teacher targets are in flight while the student trains."""
     target_timeout_s: float = Field(120.0, gt=0)
@@ -318,6 +327,15 @@ class DistillConfig(ConfigSection):
     recovery: RecoverySection = RecoverySection()
     labels_only: bool = True
     """Also train the same student on the labelled rows alone, for comparison."""
+
+    @model_validator(mode="after")
+    def _pages_have_a_gpu(self) -> DistillConfig:
+        if self.device == "cpu" and self.optimizer == "paged_adamw8bit":
+            raise ValueError(
+                "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit, or set "
+                "distill.device to cuda"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> DistillConfig:
@@ -497,6 +515,7 @@ class RunConfig(ConfigSection):
             "decay_share": None if distill.schedule == "wsd" else "schedule is not wsd",
             "anchor_start": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "anchor_end": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
+            "standardise": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "gold_weight": None if any(source.labelled for source in self.data) else "no data have labelled rows",
             "labelled_batch_size": None
             if any(source.labelled for source in self.data)

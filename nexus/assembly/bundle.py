@@ -289,7 +289,10 @@ def export_bundle(
         exported.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         manifest = _manifest(exported, config)
-        (temporary / CARD_FILE).write_text(_model_card(manifest, config, metrics), encoding="utf-8")
+        card = temporary / CARD_FILE
+        card.write_text(_model_card(manifest, config, metrics), encoding="utf-8")
+        for path in temporary.iterdir():  # safetensors writes for the owner alone; a bundle is there to be given away
+            path.chmod(card.stat().st_mode)
         files = {
             path.name: BundleFile(sha256=sha256_of(path), size=path.stat().st_size)
             for path in sorted(temporary.iterdir())

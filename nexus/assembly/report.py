@@ -40,7 +40,7 @@ from nexus.config import DataConfig, RunConfig, dump_config, load_config
 from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
-from nexus.run import student_profile_path
+from nexus.run import student_profile_path, without_undone
 
 TEMPLATE = "report.html.jinja"
 TABLE_HEADER = (
@@ -53,6 +53,9 @@ TABLE_HEADER = (
     "contract",
     "labels only",
 )
+TRANSPORTS_HEADER = ("teacher", "targets", "transport", "bytes per token", "bytes per row", "aligned")
+MAX_INCIDENTS = 12
+"""Skipped steps and rollbacks that the report lists one by one; their marks on the curves are never left out."""
 MAX_IMAGE_SIZE = 512
 """Pixels along the longer side; larger samples are reduced, so that the file stays one that can be mailed."""
 AUDIO_SAMPLING_RATE = 16_000
@@ -210,11 +213,32 @@ def render_table(metrics: Metrics) -> str:
                 _percent_or_dash(row.labels_only_retention),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE_HEADER))]
-    # Names read from the left, numbers are compared from the right.
+    return _aligned_text(rows, names=2)
+
+
+def render_transports(metrics: Metrics) -> str:
+    """What each teacher's targets took, as aligned plain text, ending with a newline; empty when nothing came from a teacher."""
+    rows = [TRANSPORTS_HEADER]
+    for teacher, moved in metrics.transports.items():
+        rows.append(
+            (
+                teacher,
+                moved.targets,
+                ", ".join(moved.transports) or "-",
+                "-" if moved.bytes_per_token is None else _number(moved.bytes_per_token),
+                _number(moved.bytes_per_row),
+                _percent_or_dash(metrics.aligned_share.get(teacher)),
+            )
+        )
+    return _aligned_text(rows, names=3) if len(rows) > 1 else ""
+
+
+def _aligned_text(rows: Sequence[Sequence[str]], *, names: int) -> str:
+    """Rows in columns under a ruled header. Names (the first columns) read from the left, numbers are compared from the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < names else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -261,7 +285,19 @@ class _TeacherCurve:
     teacher: str
     curve: charts.Curve | None
     aligned: float | None
-    """Mean share of the student's tokens in spans of text that the teacher's tokenizer cuts out too; None where none was compared."""
+    """Share of the student's tokens in spans of text that the teacher's tokenizer cuts out too; None where none was compared."""
+
+
+@dataclass(frozen=True)
+class _Incident:
+    """A step that was not made as drawn."""
+
+    step: int
+    kind: str
+    words: str
+    loss: str
+    grad_norm: str
+    restored_step: int | None
 
 
 @dataclass(frozen=True)
@@ -272,6 +308,10 @@ class _Training:
     """(kind, words, how often) of the marked events that occurred."""
     conflicts: _Conflicts | None
     """None where no surgery was made."""
+    incidents: tuple[_Incident, ...]
+    num_incidents: int
+    weights: tuple[tuple[str, charts.Curve], ...]
+    """(what, curve) of the schedules: learning rate, anchors, and the teachers that come in later."""
 
 
 @dataclass(frozen=True)
@@ -468,8 +508,9 @@ def _training(data: ReportData) -> _Training | None:
     marks: list[tuple[int, str, str]] = []
     last_step, seen = 0, set()
     surgeries: list[Mapping[str, object]] = []
-    aligned: dict[str, list[float]] = {}
-    for event in data.events:
+    incidents: list[_Incident] = []
+    weights: dict[str, list[tuple[int, float]]] = {}
+    for event in without_undone(data.events):
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
             continue
@@ -480,14 +521,15 @@ def _training(data: ReportData) -> _Training | None:
             for teacher, loss in (losses if isinstance(losses, Mapping) else {}).items():
                 if isinstance(loss, (int, float)):
                     points.setdefault(str(teacher), []).append((step, float(loss)))
-            shares = event.get("aligned")
-            for teacher, share in (shares if isinstance(shares, Mapping) else {}).items():
-                aligned.setdefault(str(teacher), []).append(float(share))
+            for name, weight in _weights_of(event):
+                weights.setdefault(name, []).append((step, weight))
             found = event.get("surgery")
             if isinstance(found, Mapping):
                 surgeries.append(found)
         elif kind in MARKED_EVENTS:
             marks.append((step, str(kind), f"step {step:,}: {MARKED_EVENTS[str(kind)]}"))
+            if kind in ("skip", "rollback"):
+                incidents.append(_incident(step, event))
     if not seen:
         return None
     counts = [(kind, words, sum(mark[1] == kind for mark in marks)) for kind, words in MARKED_EVENTS.items()]
@@ -497,12 +539,48 @@ def _training(data: ReportData) -> _Training | None:
             _TeacherCurve(
                 teacher,
                 charts.curve(points[teacher], marks, last_step),
-                sum(aligned[teacher]) / len(aligned[teacher]) if teacher in aligned else None,
+                data.metrics.aligned_share.get(teacher),
             )
             for teacher in points
         ),
         counts=tuple(count for count in counts if count[2]),
         conflicts=_conflicts(surgeries),
+        incidents=tuple(incidents[:MAX_INCIDENTS]),
+        num_incidents=len(incidents),
+        weights=tuple(
+            (name, drawn)
+            for name, series in weights.items()
+            if (drawn := charts.curve(series, (), last_step)) is not None
+        ),
+    )
+
+
+def _weights_of(event: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+    """What a step was weighted with, as `actors.trainer` writes it."""
+    for key, name in (("lr", "Learning rate"), ("anchor_weight", "Weight of the feature anchors")):
+        value = event.get(key)
+        if isinstance(value, (int, float)):
+            yield name, float(value)
+    shares = event.get("shares")
+    for teacher, share in (shares if isinstance(shares, Mapping) else {}).items():
+        yield f"Share of its importance that {teacher} has", float(share)
+
+
+def _incident(step: int, event: Mapping[str, object]) -> _Incident:
+    def told(key: str) -> str:
+        value = event.get(key)
+        # What is not finite was written as text.
+        return _number(value) if isinstance(value, (int, float)) else str(value or "-")
+
+    restored = event.get("restored_step")
+    kind = str(event["kind"])
+    return _Incident(
+        step,
+        kind,
+        MARKED_EVENTS[kind],
+        told("total"),
+        told("grad_norm"),
+        restored if isinstance(restored, int) else None,
     )
 
 

@@ -7,7 +7,7 @@ that a model is trained on are those that it meets when it generates. Shape lett
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -54,6 +54,16 @@ class TokenBatch:
     def num_loss_tokens(self) -> int:
         """Scored tokens of all rows."""
         return int(self.loss_mask_BT.sum())
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            attention_mask_BT=self.attention_mask_BT.to(device),
+            loss_mask_BT=self.loss_mask_BT.to(device),
+            prompt_lengths_B=self.prompt_lengths_B.to(device),
+        )
 
 
 def collate(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -68,6 +68,14 @@ class MediaBatch:
                 raise ValueError(
                     f"Expected at most one input per row, found {name} {rows.tolist()}. Join a row's inputs first."
                 )
+
+    def to(self, device: torch.device) -> MediaBatch:
+        """The same media with their tensors on `device`."""
+        moved: dict[str, Tensor | None] = {
+            field.name: None if (value := getattr(self, field.name)) is None else value.to(device)
+            for field in fields(self)
+        }
+        return MediaBatch(**moved)
 
     def available(self, batch_size: int) -> Tensor:
         """bool [B, N]: which towers have input. Reasoning reads the text and always has."""

@@ -50,9 +50,9 @@ class CheckRow:
     """What it needs or why it failed; None when it is ok."""
     role: Role
     quantised: bool
-    """Something of it is stored in NF4."""
+    """Something of it is stored in NF4, or in what its authors quantised it with."""
     quantised_share: float | None
-    """Share of its parameters in NF4; None when it was not loaded."""
+    """Share of its parameters that are; None when it was not loaded."""
     quantisable_share: float | None
     """Share that NF4 could hold, policy aside."""
     bits_per_param: float | None
@@ -60,6 +60,8 @@ class CheckRow:
     targets: tuple[str, ...]
     """Kinds of target that it gave, with the length of a row's part."""
     seconds: float
+    method: str = "in NF4"
+    """How the quantised share is stored (`CoverageReport.method`)."""
 
 
 def check_teachers(
@@ -234,6 +236,7 @@ def _row(
         "quantised_share": None if coverage is None else coverage.share,
         "quantisable_share": None if coverage is None else coverage.quantisable_share,
         "bits_per_param": coverage.bits_per_param if coverage is not None and quantised else None,
+        **({} if coverage is None else {"method": coverage.method}),
     }
     return CheckRow(
         entry.id, status, reason, entry.role, targets=targets, seconds=time.perf_counter() - start, **numbers

@@ -274,10 +274,11 @@ def topk_tail_reverse_kl(
 ) -> Tensor:
     """`reverse_kl` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares.
 
-    The tail bin keeps it from emptying the kept ids, which a truncated reverse KL rewards.
+    The tail bin keeps it from emptying the kept ids, which a truncated reverse KL rewards. A tail that was not sent is at least one
+    rounding of the log-probabilities: a certain teacher's mass rounds to 1, and a student elsewhere would cost infinity.
     """
     log_q_MJ, log_p_MJ = _topk_bins(
-        student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
+        student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT, under_student=True
     )
     return per_token(_kl(log_q_MJ, log_p_MJ), num_loss_tokens)
 
@@ -293,10 +294,13 @@ def topk_tail_jsd(
     temperature: float,
     tail_logprob_BT: Tensor | None = None,
 ) -> Tensor:
-    """`generalized_jsd` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares."""
+    """`generalized_jsd` over the k+1 bins of `topk_tail_kl`, whose arguments and errors it shares.
+
+    At beta 1 it is `topk_tail_reverse_kl`.
+    """
     check_beta(beta)
     log_q_MJ, log_p_MJ = _topk_bins(
-        student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT
+        student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT, temperature, tail_logprob_BT, under_student=beta == 1.0
     )
     return per_token(_jsd(log_q_MJ, log_p_MJ, beta), num_loss_tokens)
 
@@ -395,7 +399,7 @@ def topk_tail_mixture_kl(
     kept_q_MK = log_q_MV.gather(-1, first_ids_MK)
     unkept_MK = mixed_MK.isnan()
     # Ids that are not common keep their place outside, and leave an empty bin of probability 0 on both sides.
-    tail_q_M = _logsumexp_or_absent(log_q_MV.scatter(-1, first_ids_MK, kept_q_MK.masked_fill(~unkept_MK, -math.inf)))
+    tail_q_M = logsumexp_or_absent(log_q_MV.scatter(-1, first_ids_MK, kept_q_MK.masked_fill(~unkept_MK, -math.inf)))
     log_p_MJ = _with_tail(mixed_MK.masked_fill(unkept_MK, -math.inf), None, tail_q_M, logprobs_NBTK.dtype)
     log_q_MJ = torch.cat([kept_q_MK.masked_fill(unkept_MK, -math.inf), tail_q_M[:, None]], dim=-1)
     return per_token(_kl(log_p_MJ.to(dtype), log_q_MJ), num_loss_tokens)
@@ -527,8 +531,13 @@ def _topk_bins(
     loss_mask_BT: Tensor,
     temperature: float,
     tail_logprob_BT: Tensor | None,
+    *,
+    under_student: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(log q, log p) over the kept ids and the tail, each [M, K+1]; [M, V] at K = V, where there is no tail."""
+    """(log q, log p) over the kept ids and the tail, each [M, K+1]; [M, V] at K = V, where there is no tail.
+
+    `under_student`: log q - log p is averaged under the student, so that a tail that rounds to 0 must not become one of -inf.
+    """
     mask_BT, ids_MK = _check_topk(student_logits_BTV, ids_BTK, logprobs_BTK, loss_mask_BT)
     if tail_logprob_BT is not None and tail_logprob_BT.shape != mask_BT.shape:
         raise ValueError(f"tail: expected shape {tuple(mask_BT.shape)}, found {tuple(tail_logprob_BT.shape)}")
@@ -542,9 +551,10 @@ def _topk_bins(
     if ids_MK.shape[-1] == vocabulary_size:
         return kept_q_MK, torch.log_softmax(kept_p_MK, dim=-1).to(dtype)
     # Summed over the other ids: 1 - (kept mass) would lose a confident student's tail.
-    tail_q_M = _logsumexp_or_absent(log_q_MV.scatter(-1, ids_MK, -math.inf))
+    tail_q_M = logsumexp_or_absent(log_q_MV.scatter(-1, ids_MK, -math.inf))
     tail_p_M = None if tail_logprob_BT is None else tail_logprob_BT.detach()[mask_BT].double()
-    log_p_MJ = _with_tail(kept_p_MK, tail_p_M, tail_q_M, logprobs_BTK.dtype)
+    least = torch.finfo(logprobs_BTK.dtype).eps if under_student else 0.0
+    log_p_MJ = _with_tail(kept_p_MK, tail_p_M, tail_q_M, logprobs_BTK.dtype, least=least)
     return torch.cat([kept_q_MK, tail_q_M[:, None]], dim=-1), log_p_MJ.to(dtype)
 
 
@@ -562,17 +572,19 @@ def topk_targets(ids_MK: Tensor, logprobs_MK: Tensor, tail_logprob_M: Tensor, *,
     return torch.log_softmax(torch.cat([kept_p_MK, tail_p_M1], dim=-1), dim=-1)
 
 
-def _with_tail(kept_p_MK: Tensor, tail_p_M: Tensor | None, tail_q_M: Tensor, received_dtype: torch.dtype) -> Tensor:
-    """The teacher's bins [M, K+1] in float64, divided by their sum; `tail_p_M` None takes 1 - (kept mass)."""
+def _with_tail(
+    kept_p_MK: Tensor, tail_p_M: Tensor | None, tail_q_M: Tensor, received_dtype: torch.dtype, *, least: float = 0.0
+) -> Tensor:
+    """The teacher's bins [M, K+1] in float64, divided by their sum; `tail_p_M` None takes 1 - (kept mass), from `least` on."""
     if tail_p_M is None:
-        tail_p_M = (1.0 - kept_p_MK.exp().sum(dim=-1)).clamp_min(0.0).log()
+        tail_p_M = (1.0 - kept_p_MK.exp().sum(dim=-1)).clamp_min(least).log()
     # Where the student masks every id outside the kept ones, a teacher's tail of a few roundings would cost infinity.
     rounding = TAIL_ROUNDING_EPS * torch.finfo(received_dtype).eps
     tail_p_M = tail_p_M.masked_fill(torch.isneginf(tail_q_M.detach()) & (tail_p_M <= math.log(rounding)), -math.inf)
     return torch.log_softmax(torch.cat([kept_p_MK, tail_p_M[:, None]], dim=-1), dim=-1)
 
 
-def _logsumexp_or_absent(outside_MV: Tensor) -> Tensor:
+def logsumexp_or_absent(outside_MV: Tensor) -> Tensor:
     """logsumexp [M], and -inf without a gradient for a row of -inf, where that of logsumexp is nan."""
     empty_M = torch.isneginf(outside_MV.detach()).all(dim=-1)
     return outside_MV.masked_fill(empty_M[:, None], 0.0).logsumexp(dim=-1).masked_fill(empty_M, -math.inf)

@@ -5,18 +5,26 @@ Shape letters: B batch, T time, H width of the teacher's features, M scored posi
 The loss is that of AM-RADIO (Ranzinger et al. 2024, arXiv 2312.06709, eq. 4): 0.9 of a cosine distance and 0.1 of a smooth L1
 distance. Its second part has a unit, so a teacher with large features would own the sum; targets are therefore centred and divided
 by *one* number, the square root of the mean variance over their dimensions. A scalar keeps all angles and relative sizes between
-dimensions, and is the whole effect of PHI-S (arXiv 2410.01680) on a squared error; a number per dimension would amplify the noise
-of dimensions that say nothing.
+dimensions; a number per dimension would amplify the noise of dimensions that say nothing.
+
+PHI-S (Ranzinger et al. 2024, arXiv 2410.01680, section 3.3) also rotates: y = H U^T (x - mean) / scale, with the eigenvectors U of
+the covariance and a Hadamard matrix H, after which *every* dimension has variance 1. Cosines and squared errors do not see a
+rotation; the smooth L1 distance does, whose threshold is then the same share of every dimension's spread.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nexus.training.hadamard import spreading_rotation
+
+Standardisation = Literal["scale", "phi_s"]
 
 COSINE_WEIGHT = 0.9
 SMOOTH_L1_WEIGHT = 0.1
@@ -120,15 +128,18 @@ class FeatureStandardiser:
                 f"standardiser: expected features [..., {self.width}] and a mask of the same leading shape, "
                 f"found {tuple(features_BTH.shape)} and {tuple(mask_BT.shape)}"
             )
+        if self._frozen:
+            return
         rows_MH = features_BTH.detach()[mask_BT.bool()].double().cpu()
         count = rows_MH.shape[0]
-        if self._frozen or count == 0:
+        if count == 0:
             return
         mean_H = rows_MH.mean(dim=0)
         shift_H = mean_H - self._mean_H
         total = self._count + count
         self._squared_deviation += float((rows_MH - mean_H).square().sum())
         self._squared_deviation += float(shift_H.square().sum()) * self._count * count / total
+        self._take_in(rows_MH - mean_H, shift_H, self._count * count / total)
         self._mean_H = self._mean_H + shift_H * (count / total)
         self._count = total
         if total >= self.freeze_after:
@@ -143,6 +154,10 @@ class FeatureStandardiser:
         """Return the standardised features, in their own dtype. Raises ValueError when nothing was seen yet."""
         scale = self.scale
         return ((features_BTH - self._mean_H.to(features_BTH)) / scale).to(features_BTH.dtype)
+
+    def rotate(self, scaled_BTH: Tensor) -> Tensor:
+        """A prediction of the centred and scaled features, in the axes of `__call__`: here the same."""
+        return scaled_BTH
 
     def inverse(self, standardised_BTH: Tensor) -> Tensor:
         """Undo `__call__`."""
@@ -167,9 +182,110 @@ class FeatureStandardiser:
         self._squared_deviation = state["squared_deviation"]
         self._frozen = state["frozen"]
 
+    def _take_in(self, deviations_MH: Tensor, shift_H: Tensor, weight: float) -> None:
+        """What a subclass gathers of rows around their own mean, which lies `shift_H` from the mean so far."""
+
     def _require_data(self) -> None:
         if self._count == 0:
             raise ValueError("standardiser: expected features before this call, found none; call `update` first")
+
+
+class PhiSState(StandardiserState):
+    """What a checkpoint keeps of a `PhiSStandardiser`."""
+
+    scatter_HH: Tensor | None
+    rotation_HH: Tensor | None
+    rotated_at: int
+
+
+class PhiSStandardiser(FeatureStandardiser):
+    """PHI-S: centres, scales by one number, and rotates so that every dimension has variance 1 (arXiv 2410.01680, section 3.3).
+
+    The rotation is computed anew when twice as many vectors were seen, and last when the statistics freeze; with fewer vectors than
+    dimensions some directions have no variance, and share what the others have. A head that predicts the features would have to
+    learn each new rotation, so it stays in the axes of the features: `rotate` turns its predictions, and only the loss sees it.
+
+    It keeps H x H numbers in float64 while it gathers (128 MiB at a width of 4,096), then the rotation alone.
+
+    Args:
+        width: H.
+        freeze_after: vectors, at least 2; None waits for eight to each dimension, and no fewer than the parent's default.
+    """
+
+    def __init__(self, width: int, *, freeze_after: int | None = None) -> None:
+        super().__init__(width, freeze_after=max(4096, 8 * width) if freeze_after is None else freeze_after)
+        self._scatter_HH: Tensor | None = torch.zeros(width, width, dtype=torch.float64)
+        self._rotation_HH: Tensor | None = None
+        self._rotated_at = 0
+        self._working_HH: Tensor | None = None
+        """The rotation in the dtype and on the device that it was last wanted in."""
+
+    def update(self, features_BTH: Tensor, mask_BT: Tensor) -> None:
+        """As the parent's; sometimes turns the axes."""
+        super().update(features_BTH, mask_BT)
+        if not self._frozen and self._count >= 2 * self._rotated_at and self._count:
+            self._turn()
+
+    def freeze(self) -> None:
+        """As the parent's; the axes turn for the last time."""
+        super().freeze()
+        if self._scatter_HH is not None:
+            self._turn()
+            self._scatter_HH = None
+
+    def __call__(self, features_BTH: Tensor) -> Tensor:
+        """Return the standardised and rotated features, in their own dtype. Raises ValueError when nothing was seen yet."""
+        return self.rotate(super().__call__(features_BTH))
+
+    def rotate(self, scaled_BTH: Tensor) -> Tensor:
+        """A prediction of the centred and scaled features, in the axes of `__call__`."""
+        return scaled_BTH @ self._rotation(scaled_BTH).mT
+
+    def inverse(self, standardised_BTH: Tensor) -> Tensor:
+        """Undo `__call__`."""
+        return super().inverse(standardised_BTH @ self._rotation(standardised_BTH))
+
+    def state_dict(self) -> PhiSState:
+        return {
+            **super().state_dict(),
+            "scatter_HH": None if self._scatter_HH is None else self._scatter_HH.clone(),
+            "rotation_HH": None if self._rotation_HH is None else self._rotation_HH.clone(),
+            "rotated_at": self._rotated_at,
+        }
+
+    def load_state_dict(self, state: PhiSState) -> None:  # type: ignore[override]
+        """Continue from `state`. Raises ValueError if its width is another."""
+        super().load_state_dict(state)
+        self._scatter_HH = None if state["scatter_HH"] is None else state["scatter_HH"].clone()
+        self._rotation_HH = None if state["rotation_HH"] is None else state["rotation_HH"].clone()
+        self._rotated_at = state["rotated_at"]
+        self._working_HH = None
+
+    def _take_in(self, deviations_MH: Tensor, shift_H: Tensor, weight: float) -> None:
+        assert self._scatter_HH is not None, "statistics that are frozen take in nothing"
+        self._scatter_HH = (self._scatter_HH + deviations_MH.mT @ deviations_MH).addr(shift_H, shift_H, alpha=weight)
+
+    def _turn(self) -> None:
+        assert self._scatter_HH is not None
+        # Rounding leaves a direction without variance a little on either side of 0.
+        variances_H, axes_HH = torch.linalg.eigh(self._scatter_HH / self._count)
+        self._rotation_HH = spreading_rotation(variances_H.clamp_min(0.0)) @ axes_HH.mT
+        self._rotated_at, self._working_HH = self._count, None
+
+    def _rotation(self, like: Tensor) -> Tensor:
+        self._require_data()
+        assert self._rotation_HH is not None, "the first vectors turn the axes"
+        working_HH = self._working_HH
+        if working_HH is None or (working_HH.dtype, working_HH.device) != (like.dtype, like.device):
+            working_HH = self._working_HH = self._rotation_HH.to(like)
+        return working_HH
+
+
+STANDARDISERS: Mapping[Standardisation, Callable[[int], FeatureStandardiser]] = {
+    "scale": FeatureStandardiser,
+    "phi_s": PhiSStandardiser,
+}
+"""What each name of a standardisation stands for, made from the width of the features."""
 
 
 def _unit(rows_MH: Tensor) -> Tensor:

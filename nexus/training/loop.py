@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from nexus.adapters.base import Adapter
+from nexus.config import Optimizer
 from nexus.data.records import Record
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TrainingDivergedError
 from nexus.student.memory import NexusStudent
 from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.average import WeightAverage
@@ -70,24 +71,32 @@ class TargetSource(Protocol):
 class Spike:
     """A fault to inject, for seeing the recovery at work."""
 
-    draw: int
+    step: int
+    """Attempts at a step before the one that it spoils; those that were left out count, so that it strikes once."""
     kind: Literal["nan", "scale"]
     factor: float
 
 
-def parse_spike(text: str) -> Spike:
-    """`STEP:nan` or `STEP:x50`.
+def parse_spike(text: str, *, steps: int) -> Spike:
+    """`STEP:nan` or `STEP:x50`, in a run of `steps`.
 
     Raises:
-        ConfigError: when `text` is neither.
+        ConfigError: when `text` is neither, or would spoil nothing.
     """
     match = re.fullmatch(r"(\d+):(?:(nan)|x(\d+(?:\.\d+)?))", text)
     if match is None:
         raise ConfigError(
             f"Expected --inject-spike STEP:nan or STEP:xFACTOR, found {text!r}. Example: --inject-spike 50:x50"
         )
-    draw, is_nan, factor = match.groups()
-    return Spike(int(draw), "nan" if is_nan else "scale", math.nan if is_nan else float(factor))
+    step, is_nan, factor = match.groups()
+    spike = Spike(int(step), "nan" if is_nan else "scale", math.nan if is_nan else float(factor))
+    if spike.step >= steps:
+        raise ConfigError(
+            f"Expected --inject-spike at a step below distill.steps, {steps}, found {spike.step}. Choose an earlier one."
+        )
+    if spike.factor <= 1.0:
+        raise ConfigError(f"Expected --inject-spike STEP:xFACTOR with a factor above 1, found {text!r}. Try STEP:x50.")
+    return spike
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class LoopSettings:
     """What the loop needs of the run's configuration; see `nexus.config.DistillConfig` for meanings."""
 
     steps: int
-    optimizer: Literal["adamw", "muon"]
+    optimizer: Optimizer
     learning_rate: float
     warmup_steps: int
     weight_decay: float
@@ -146,6 +155,10 @@ class StepReport:
     """Scored for each teacher that took part (`TeacherLoss.tokens`)."""
     aligned: Mapping[str, float]
     """The share of them in spans that both tokenizers cut out, for teachers of another tokenizer that are compared span by span."""
+    anchor_weight: float
+    """Of `anchor` in `losses`: gamma, which decays."""
+    shares: Mapping[str, float]
+    """Of its importance that each teacher of `LoopSettings.ramps` had; 0 before it takes part."""
     wait_s: float
     """Seconds spent waiting for targets."""
     restored_step: int | None
@@ -231,6 +244,9 @@ class DistillationLoop:
         if surgery is not None:
             self._parts["surgery"] = surgery
         self._shared, self._others = _surgery_subset(objective, settings)
+        self._one_by_one = settings.surgery_subset != "adapters_and_trunk"
+        """Whether a step between two plans differentiates each teacher's loss by itself. Where the parameters outside the subset lie
+        in the trunk too, two passes over one graph would take half a step more; one over each teacher's graph takes nothing more."""
         self._operation: SurgerySteps | None = None
         if settings.surgery_method != "none" and surgery is not None:
             self._operation = SurgerySteps(settings.surgery_method, every=settings.surgery_every, seed=settings.seed)
@@ -295,14 +311,15 @@ class DistillationLoop:
         )
         grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
         learning_rate = float(self.scheduler.get_last_lr()[0])
+        anchor_weight = self._anchor_weight
+        shares = {teacher: self._share(teacher, self.step) for teacher in self.settings.ramps}
         action = self.recovery.check(losses.total, grad_norm, sample_ids)
         step = self.step
         restored = None
         if action != "step":
             self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
-            restored = self.step = self.recovery.rollback()
-            self._forget()
+            restored = self._roll_back()
         else:
             if action == "step":
                 self._step()
@@ -326,9 +343,24 @@ class DistillationLoop:
             rows=len(sample_ids),
             tokens=dict(self._tokens),
             aligned={teacher: count / self._tokens[teacher] for teacher, count in self._aligned.items()},
+            anchor_weight=anchor_weight,
+            shares=shares,
             wait_s=wait_s,
             restored_step=restored,
         )
+
+    def _roll_back(self) -> int:
+        """Return to a good state; its step, also where recovery gives up on it: a checkpoint of that state has to say so."""
+        try:
+            self.step = self.recovery.rollback()
+        except TrainingDivergedError:
+            returned_to = self.recovery.incidents[-1].returned_to
+            assert returned_to is not None
+            self.step = returned_to
+            raise
+        finally:
+            self._forget()
+        return self.step
 
     def _step(self) -> None:
         before = (self._warming_up, self.scheduler.phase, self._teaching(self.step))
@@ -356,6 +388,8 @@ class DistillationLoop:
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
+            # Asking for it would start CUDA in a process that has not used it.
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -371,6 +405,7 @@ class DistillationLoop:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
         self._forget()
 
     # --- targets --------------------------------------------------------------------------------------------------------------
@@ -410,6 +445,11 @@ class DistillationLoop:
         """Of its importance that a teacher has at `step`; 0 before it takes part."""
         return ramp_share(step, *self.settings.ramps[teacher]) if teacher in self.settings.ramps else 1.0
 
+    @property
+    def _anchor_weight(self) -> float:
+        settings = self.settings
+        return cosine_decay(settings.anchor_start, settings.anchor_end, self.step, settings.steps)
+
     def _teaching(self, step: int) -> tuple[str, ...]:
         return tuple(teacher for teacher in self._importance if self._share(teacher, step))
 
@@ -419,8 +459,7 @@ class DistillationLoop:
         self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None], sizes: _Sizes | None
     ) -> _Parts:
         """The losses of one draw, as shares of its step where `sizes` are given."""
-        settings = self.settings
-        gamma = cosine_decay(settings.anchor_start, settings.anchor_end, self.step, settings.steps)
+        gamma = self._anchor_weight
         kds: dict[str, list[Tensor]] = {}
         anchors: dict[str, list[Tensor]] = {}
         for assignment, records in self._taught(batch).items():
@@ -471,8 +510,8 @@ class DistillationLoop:
         return torch.stack(terms).sum()
 
     def _spike_factor(self, batches: Sequence[StepBatch]) -> float:
-        drawn = self._spike is not None and self._spike.draw in [batch.draw for batch in batches]
-        return self._spike.factor if self._spike is not None and drawn else 1.0
+        spoilt = self._spike is not None and self._spike.step == batches[0].draw // self.settings.accumulate
+        return self._spike.factor if self._spike is not None and spoilt else 1.0
 
     # --- gradients ------------------------------------------------------------------------------------------------------------
 
@@ -486,7 +525,7 @@ class DistillationLoop:
         outcome = None
         if self._operation is None or combined is None or not combined.coefficients:
             total.backward()
-        elif self._operation.due(tuple(combined.coefficients)):
+        elif self._one_by_one or self._operation.due(tuple(combined.coefficients)):
             gradients = TeacherGradients(self._shared, self._others)
             self._differentiate(gradients, parts)
             outcome = self._write(gradients, combined, factor)
@@ -613,6 +652,11 @@ def _optimizer(objective: DistillationObjective, settings: LoopSettings) -> torc
     rates: dict[str, Any] = {"lr": settings.learning_rate, "betas": ADAM_BETAS}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, foreach=True, **rates)
+    if settings.optimizer != "muon":
+        # bitsandbytes takes a second to import, and is wanted here alone.
+        from nexus.training.eight_bit import AdamW8bit
+
+        return AdamW8bit(groups, paged=settings.optimizer == "paged_adamw8bit", **rates)
     return MuonAdamW(matrices, groups, weight_decay=settings.weight_decay, **rates)
 
 

@@ -52,7 +52,7 @@ from nexus.training.batches import Assignment
 from nexus.training.cross_tokenizer import CrossTokenizerLoss, TextAligner, cross_tokenizer_loss
 from nexus.training.divergence import kd_loss, sampled_kl, topk_tail_kl
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
-from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
+from nexus.training.features import STANDARDISERS, Standardisation, cosine_smooth_l1_anchor
 from nexus.training.hidden_divergence import DISTILL_MIX, FORWARD_KL, OutputHead, Term, hidden_divergence
 from nexus.training.labels import LabelTokens
 from nexus.training.one_pass import StudentRows, dense_one_pass, hidden_one_pass, topk_one_pass
@@ -106,6 +106,7 @@ class DistillationObjective(nn.Module):
         max_length: int,
         divergence: Divergence = "mix",
         precision: Literal["float32", "bfloat16"] = "float32",
+        standardise: Standardisation = "scale",
         transports: Mapping[str, TokenTransport] | None = None,
         head_of: Callable[[str], TeacherHead] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
@@ -114,6 +115,7 @@ class DistillationObjective(nn.Module):
         Args:
             divergence: of the token distributions; draws have only the forward KL.
             precision: of the student's passes; bfloat16 runs them under autocast.
+            standardise: what makes the teachers' features comparable.
             transports: how token distributions come from teachers that share the tokenizer; top-k from those that it leaves out.
             head_of: gives a teacher's output head; asked once for each teacher whose hidden states arrive.
             tokenizers: of the teachers whose distributions are learned from although their tokenizer is another.
@@ -145,7 +147,7 @@ class DistillationObjective(nn.Module):
             }
         )
         self.standardisers = {
-            _key(teacher.id, layer): FeatureStandardiser(teacher.hidden_size)
+            _key(teacher.id, layer): STANDARDISERS[standardise](teacher.hidden_size)
             for teacher in teachers
             for layer in _anchored(teacher)
         }
@@ -155,6 +157,14 @@ class DistillationObjective(nn.Module):
             for teacher in teachers
             if teacher.label_texts is not None
         }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is; everything that meets it is made or brought there."""
+        return next(self.student.parameters()).device
+
+    def _array(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     # --- requests -------------------------------------------------------------------------------------------------------------
 
@@ -274,14 +284,14 @@ class DistillationObjective(nn.Module):
     def _forward(self, records: Sequence[Record], completions: Sequence[str]) -> _Passed:
         """One pass over rows of any capabilities, each with the towers of its own."""
         facts = [self.capabilities[record.capability] for record in records]
-        batch = self._collate(records, completions)
+        batch = self._collate(records, completions).to(self.device)
         with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
             output = self.student(
                 batch.input_ids_BT,
                 batch.attention_mask_BT,
                 prompt_mask_BT=batch.attention_mask_BT.bool() & ~batch.loss_mask_BT,
                 tower_mask_BN=torch.tensor([[tower in fact.towers for tower in TOWERS] for fact in facts]),
-                media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]),
+                media=record_media(records, self.student.spec, snr_db=[fact.snr_db for fact in facts]).to(self.device),
                 output_hidden_states=True,
                 logits_to_keep=1,
             )
@@ -301,7 +311,7 @@ class DistillationObjective(nn.Module):
         tokens = targets.tokens
         assert tokens is not None
         ids_N = passed.scored_ids_N
-        if not torch.equal(ids_N, torch.from_numpy(tokens.token_ids_N).long()):
+        if not torch.equal(ids_N, self._array(tokens.token_ids_N).long()):
             raise TowerLoadError(
                 f"Expected {targets.teacher} to score the student's {len(ids_N)} completion tokens, found "
                 f"{len(tokens.token_ids_N)} others: the tokenizers differ. Set student.tokenizer to a teacher that shares it."
@@ -315,23 +325,23 @@ class DistillationObjective(nn.Module):
             shared = min(len(student.weight_VD), tokens.logprobs_NV.shape[1])
             return dense_one_pass(
                 replace(student, weight_VD=student.weight_VD[:shared]),
-                torch.from_numpy(tokens.logprobs_NV)[:, :shared],
+                self._array(tokens.logprobs_NV)[:, :shared],
                 terms=TERMS[self._divergence],
                 num_loss_tokens=count,
                 temperature=self._temperature,
             )
-        mask_1N = torch.ones(1, count, dtype=torch.bool)
+        mask_1N = torch.ones(1, count, dtype=torch.bool, device=self.device)
         if isinstance(tokens, SampledTargets):
             return sampled_kl(
                 passed.scored_logits_NV[None],
-                torch.from_numpy(tokens.ids_NS).long()[None],
-                torch.from_numpy(tokens.logprobs_NS)[None],
+                self._array(tokens.ids_NS).long()[None],
+                self._array(tokens.logprobs_NS)[None],
                 mask_1N,
                 num_loss_tokens=count,
                 temperature=self._temperature,
             )
-        ids_NK, logprobs_NK = torch.from_numpy(tokens.ids_NK).long(), torch.from_numpy(tokens.logprobs_NK)
-        tail_N = torch.from_numpy(tokens.tail_logprob_N)
+        ids_NK, logprobs_NK = self._array(tokens.ids_NK).long(), self._array(tokens.logprobs_NK)
+        tail_N = self._array(tokens.tail_logprob_N)
         if self._divergence == "forward_kl":
             return topk_tail_kl(
                 passed.scored_logits_NV[None],
@@ -362,10 +372,10 @@ class DistillationObjective(nn.Module):
         return cross_tokenizer_loss(
             passed.scored_logits_NV[rows.student_N],
             passed.scored_ids_N[rows.student_N],
-            torch.from_numpy(tokens.token_ids_N).long()[rows.teacher_M],
-            torch.from_numpy(tokens.ids_NK).long()[rows.teacher_M],
-            torch.from_numpy(tokens.logprobs_NK)[rows.teacher_M],
-            torch.from_numpy(tokens.tail_logprob_N)[rows.teacher_M],
+            self._array(tokens.token_ids_N).long()[rows.teacher_M],
+            self._array(tokens.ids_NK).long()[rows.teacher_M],
+            self._array(tokens.logprobs_NK)[rows.teacher_M],
+            self._array(tokens.tail_logprob_N)[rows.teacher_M],
             alignment=rows.alignment,
             common=aligner.common,
             num_loss_tokens=passed.batch.num_loss_tokens,
@@ -376,7 +386,7 @@ class DistillationObjective(nn.Module):
         """The exact divergence from both models' last states; logits exist a block or a tile at a time."""
         head = self._teacher_head(teacher)
         shared = min(len(student.weight_VD), len(head.weight_VD))
-        weight_VD, states_NE = student.weight_VD[:shared], torch.from_numpy(tokens.states_NH)
+        weight_VD, states_NE = student.weight_VD[:shared], self._array(tokens.states_NH)
         cut = OutputHead(head.weight_VD[:shared], None if head.bias_V is None else head.bias_V[:shared], head.softcap)
         if weight_VD.nbytes <= ONE_PASS_HEAD_BYTES:
             return hidden_one_pass(
@@ -392,7 +402,7 @@ class DistillationObjective(nn.Module):
             OutputHead(weight_VD),
             states_NE[None],
             cut,
-            torch.ones(1, len(states_NE), dtype=torch.bool),
+            torch.ones(1, len(states_NE), dtype=torch.bool, device=self.device),
             terms=TERMS[self._divergence],
             num_loss_tokens=len(states_NE),
             temperature=self._temperature,
@@ -404,10 +414,10 @@ class DistillationObjective(nn.Module):
             assert self._head_of is not None, "hidden states come from a source that also gives the head"
             sent = self._head_of(teacher)
             # Arrays from the object store are read-only, which PyTorch warns of.
-            weight_VH = torch.from_numpy(sent.weight_VH.copy())
+            weight_VH = self._array(sent.weight_VH.copy())
             if sent.weight_VH.dtype == np.uint16:
                 weight_VH = weight_VH.view(torch.bfloat16)
-            bias_V = None if sent.bias_V is None else torch.from_numpy(sent.bias_V.copy())
+            bias_V = None if sent.bias_V is None else self._array(sent.bias_V.copy())
             self._heads[teacher] = OutputHead(weight_VH, bias_V, sent.softcap)
         return self._heads[teacher]
 
@@ -417,12 +427,12 @@ class DistillationObjective(nn.Module):
         count = len(implied.token_ids_N)
         return topk_tail_kl(
             passed.scored_logits_NV[None],
-            torch.from_numpy(implied.ids_NK)[None],
-            torch.from_numpy(implied.logprobs_NK)[None],
-            torch.ones(1, count, dtype=torch.bool),
+            self._array(implied.ids_NK)[None],
+            self._array(implied.logprobs_NK)[None],
+            torch.ones(1, count, dtype=torch.bool, device=self.device),
             num_loss_tokens=count,
             temperature=self._temperature,
-            tail_logprob_BT=torch.full((1, count), -torch.inf),
+            tail_logprob_BT=torch.full((1, count), -torch.inf, device=self.device),
         )
 
     def _tower_divergence(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
@@ -432,7 +442,8 @@ class DistillationObjective(nn.Module):
         """
         adapter, features = self._tower(teacher, passed)
         logits_BC = adapter.predict(teacher.id, POOLED, features) / self._temperature
-        label_logprobs_BC = torch.from_numpy(targets.label_logprobs_BC)
+        assert targets.label_logprobs_BC is not None
+        label_logprobs_BC = self._array(targets.label_logprobs_BC)
         return F.kl_div(logits_BC.log_softmax(dim=-1), label_logprobs_BC, log_target=True, reduction="batchmean")
 
     def _anchor(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets | None, like: Tensor) -> Tensor:
@@ -444,7 +455,7 @@ class DistillationObjective(nn.Module):
             total = total + self._pooled_distance(teacher, passed, targets)
         for layer, weight in teacher.critical_layers:
             assert targets is not None
-            states = torch.from_numpy(targets.hidden[layer]).float()
+            states = self._array(targets.hidden[layer]).float()
             pairs = (
                 self._language_pairs(teacher, layer, passed, states, targets)
                 if teacher.role == "causal_lm"
@@ -457,7 +468,7 @@ class DistillationObjective(nn.Module):
     def _pooled_distance(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
         assert targets.pooled_BE is not None
         adapter, features = self._tower(teacher, passed)
-        pooled_BE = torch.from_numpy(targets.pooled_BE)
+        pooled_BE = self._array(targets.pooled_BE)
         if pooled_BE.shape[1] != teacher.hidden_size:
             raise TowerLoadError(
                 f"Expected pooled embeddings of {teacher.hidden_size} dimensions from {teacher.id!r}, the width of its blocks, found "
@@ -467,10 +478,10 @@ class DistillationObjective(nn.Module):
         return self._distance(_key(teacher.id, POOLED), predicted_BE[:, None], pooled_BE[:, None])
 
     def _distance(self, key: str, predicted_BTH: Tensor, target_BTH: Tensor) -> Tensor:
-        mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool)
+        mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool, device=self.device)
         standardiser = self.standardisers[key]
         standardiser.update(target_BTH, mask_BT)
-        return cosine_smooth_l1_anchor(predicted_BTH, standardiser(target_BTH), mask_BT)
+        return cosine_smooth_l1_anchor(standardiser.rotate(predicted_BTH), standardiser(target_BTH), mask_BT)
 
     def _language_pairs(
         self, teacher: TeacherFacts, layer: int, passed: _Passed, states_NH: Tensor, targets: TeacherTargets

@@ -101,8 +101,10 @@ def return_tree(live: Tree, saved: Tree) -> Tree:
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield (qualified name, owning module, name in it, buffer) for every buffer, non-persistent ones included."""
     for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            yield f"{prefix}.{name}" if prefix else name, module, name, buffer
+        # Not `module.named_buffers`, which takes three times as long and is asked before and after every step.
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield f"{prefix}.{name}" if prefix else name, module, name, buffer
 
 
 def copy_buffers(model: nn.Module, slot: Mapping[str, Tensor]) -> dict[str, Tensor]:

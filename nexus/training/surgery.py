@@ -19,7 +19,9 @@ Where nothing conflicts (min C_ij >= 0) every method returns the plain weighted 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -59,10 +61,11 @@ def combine(
     """
     _check(gradients_NP, method)
     coefficients = _checked_coefficients(coefficients_N, gradients_NP.shape[0])
+    rows = gradients_NP.detach().unbind()
     if method in ("none", "sum"):
-        return weighted_sum(gradients_NP, coefficients)
-    plan = plan_surgery(gradients_NP, method=method, generator=generator)
-    return weighted_sum(gradients_NP, plan.factors(coefficients))
+        return weighted_sum(rows, coefficients)
+    plan = _plan(rows, method, generator)
+    return weighted_sum(rows, plan.factors(coefficients))
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,24 @@ class SurgeryPlan:
 def plan_surgery(gradients_NP: Tensor, *, method: Method, generator: torch.Generator | None = None) -> SurgeryPlan:
     """The cosines between the teachers' gradients, and what `method` makes of them. Arguments and errors as `combine`."""
     _check(gradients_NP, method)
-    norms, cosines = _norms_and_cosines(gradients_NP)
+    return _plan(gradients_NP.detach().unbind(), method, generator)
+
+
+def plan_scaled_surgery(
+    rows: Sequence[Tensor], scales: Sequence[float], *, method: Method, generator: torch.Generator | None = None
+) -> SurgeryPlan:
+    """`plan_surgery` of the rows scale_t g_t, none of which is made: they would be a second copy of every gradient.
+
+    Args:
+        rows: g_t [P], finite, on one device.
+        scales: above 0.
+    """
+    plan = _plan(rows, method, generator)
+    return replace(plan, norms_N=plan.norms_N * np.array(scales, dtype=np.float64))
+
+
+def _plan(rows: Sequence[Tensor], method: Method, generator: torch.Generator | None) -> SurgeryPlan:
+    norms, cosines = _norms_and_cosines(rows)
     projections = np.eye(len(norms))
     if method in ("upgrad", "pcgrad") and cosines.min() < 0.0:
         alive = np.flatnonzero(norms)
@@ -122,13 +142,13 @@ def plan_surgery(gradients_NP: Tensor, *, method: Method, generator: torch.Gener
     return SurgeryPlan(norms, cosines, projections)
 
 
-def weighted_sum(gradients_NP: Tensor, factors_N: NDArray[np.float64]) -> Tensor:
-    """sum_t factors_t g_t [P], summed in float64 and returned in the dtype of the gradients."""
-    factors = torch.from_numpy(factors_N).to(gradients_NP.device)
-    result_P = torch.empty_like(gradients_NP[0])
-    for start in range(0, gradients_NP.shape[1], COLUMNS_PER_CHUNK):
+def weighted_sum(rows: Sequence[Tensor] | Tensor, factors_N: NDArray[np.float64]) -> Tensor:
+    """sum_t factors_t g_t [P], summed in float64 and returned in the dtype of the gradients, one row per teacher."""
+    result_P = torch.empty_like(rows[0])
+    factors = torch.from_numpy(factors_N).to(result_P.device)
+    for start in range(0, len(result_P), COLUMNS_PER_CHUNK):
         columns = slice(start, start + COLUMNS_PER_CHUNK)
-        result_P[columns] = (factors @ gradients_NP.detach()[:, columns].double()).to(result_P.dtype)
+        result_P[columns] = (factors @ _chunk(rows, columns)).to(result_P.dtype)
     return result_P
 
 
@@ -184,21 +204,28 @@ def _projected_in_turn(cosines: NDArray[np.float64], generator: torch.Generator 
     return projections
 
 
-def _norms_and_cosines(gradients_NP: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _norms_and_cosines(rows: Sequence[Tensor]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """|g_t| [N] and the cosines [N, N] (0 for rows of zeros), summed in float64 over chunks of columns."""
-    num_teachers, num_parameters = gradients_NP.shape
     # Scaled by the largest entry first: the square of a gradient of 1e200 overflows even in float64.
-    scales_N = gradients_NP.detach().abs().amax(dim=1).double()
+    scales_N = torch.stack([torch.linalg.vector_norm(row, ord=math.inf) for row in rows]).double()
     divisors_N1 = torch.where(scales_N > 0.0, scales_N, torch.ones_like(scales_N))[:, None]
-    gramian_NN = torch.zeros(num_teachers, num_teachers, dtype=torch.float64, device=gradients_NP.device)
-    for start in range(0, num_parameters, COLUMNS_PER_CHUNK):
-        chunk = gradients_NP.detach()[:, start : start + COLUMNS_PER_CHUNK].double() / divisors_N1
+    gramian_NN = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=scales_N.device)
+    for start in range(0, len(rows[0]), COLUMNS_PER_CHUNK):
+        chunk = _chunk(rows, slice(start, start + COLUMNS_PER_CHUNK)).div_(divisors_N1)
         gramian_NN += chunk @ chunk.T
     gramian = gramian_NN.cpu().numpy()
     lengths = np.sqrt(np.diag(gramian))
     safe = np.where(lengths > 0.0, lengths, 1.0)
     cosines = gramian / safe[:, None] / safe[None, :]
     return lengths * scales_N.cpu().numpy(), cosines
+
+
+def _chunk(rows: Sequence[Tensor] | Tensor, columns: slice) -> Tensor:
+    """Some columns of all rows in float64, a tensor of its own."""
+    chunk_NP = torch.empty(len(rows), len(rows[0][columns]), dtype=torch.float64, device=rows[0].device)
+    for target_P, row_P in zip(chunk_NP, rows, strict=True):
+        target_P.copy_(row_P.detach()[columns])
+    return chunk_NP
 
 
 def _check(gradients_NP: Tensor, method: str) -> None:

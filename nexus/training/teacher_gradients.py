@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus.training.loss import SurgeryLoss
-from nexus.training.surgery import SurgeryPlan, plan_surgery, weighted_sum
+from nexus.training.snapshot import all_finite
+from nexus.training.surgery import SurgeryPlan, plan_scaled_surgery, weighted_sum
 
 SurgeryMethod = Literal["none", "upgrad", "pcgrad"]
 
@@ -123,15 +124,14 @@ class TeacherGradients:
         outcome = None
         factors = weights
         if surgery is not None and result is not None and weights:
-            ratios_NP = torch.stack([self._rows[teacher] / baselines[teacher] for teacher in weights])
-            outcome = surgery.outcome(result, ratios_NP)
+            outcome = surgery.outcome(result, self._rows, baselines)
             if outcome is not None:
                 factors = {teacher: outcome.factors[teacher] / baselines[teacher] for teacher in weights}
         for parameter, plain in zip([*self._shared, *self._others], self._plain, strict=True):
             parameter.grad = None if plain is None else plain.to(parameter.dtype, copy=True)
         if factors and self._shared:
-            rows_NP = torch.stack([self._rows[teacher] for teacher in factors])
-            combined_P = weighted_sum(rows_NP, np.array(list(factors.values()), dtype=np.float64))
+            rows = [self._rows[teacher] for teacher in factors]
+            combined_P = weighted_sum(rows, np.array(list(factors.values()), dtype=np.float64))
             reached = set().union(*(self._reached[teacher] for teacher in factors))
             for place, part_P in enumerate(combined_P.split(self._sizes)):
                 if place in reached:
@@ -171,18 +171,26 @@ class SurgerySteps:
         """True if the step of these teachers (sorted) needs a plan of its own."""
         return self._plan is None or self._age >= self.every or tuple(teachers) != self._teachers
 
-    def outcome(self, result: SurgeryLoss, ratios_NP: Tensor) -> SurgeryOutcome | None:
-        """Find or reuse a plan for the gradients of the ratios r_t (rows as `result.coefficients`), and count the step.
+    def outcome(
+        self, result: SurgeryLoss, gradients: Mapping[str, Tensor], baselines: Mapping[str, float]
+    ) -> SurgeryOutcome | None:
+        """Find or reuse a plan for the gradients of the ratios r_t, and count the step.
+
+        Args:
+            gradients: grad l_t [P] of at least the teachers of `result.coefficients`.
+            baselines: r_t = l_t / b_t.
 
         Returns:
             None, with no plan left, where a gradient is not finite.
         """
         teachers = tuple(result.coefficients)
-        if not bool(torch.isfinite(ratios_NP).all()):
+        rows = [gradients[teacher] for teacher in teachers]
+        if not all_finite(rows):
             self._plan, self._teachers = None, ()
             return None
         if self.due(teachers):
-            self._plan = plan_surgery(ratios_NP, method=self.method, generator=self._generator)
+            scales = [1.0 / baselines[teacher] for teacher in teachers]
+            self._plan = plan_scaled_surgery(rows, scales, method=self.method, generator=self._generator)
             self._teachers, self._age = teachers, 0
         self._age += 1
         assert self._plan is not None

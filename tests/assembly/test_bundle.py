@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,6 +271,12 @@ def test_exporting_leaves_the_student_as_it_is(
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [len(adapter.alignments) for adapter in student.adapters.values()] == [1, 1, 0]
+
+
+def test_whoever_may_read_the_card_may_read_the_weights(bundle: Path) -> None:
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in bundle.iterdir()}
+    assert modes["model.safetensors"] == modes["README.md"]
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_a_bundle_replaces_an_older_one_and_leaves_nothing_behind(

@@ -16,16 +16,18 @@ import pytest
 import soundfile
 from PIL import Image
 
-from nexus.artifacts import Metrics, NIWTProfile, write_artifact
+from nexus.artifacts import Metrics, NIWTProfile, TransportMetrics, write_artifact
 from nexus.assembly.report import (
     MAX_AUDIO_SECONDS,
     MAX_IMAGE_SIZE,
     TABLE_HEADER,
+    TRANSPORTS_HEADER,
     ReportData,
     SampleRow,
     Samples,
     load_report_data,
     render_table,
+    render_transports,
     write_report,
 )
 from nexus.config import dump_config, parse_config
@@ -125,6 +127,20 @@ def with_retention(data: ReportData, **changes: object) -> ReportData:
     """The same run with every retention row changed."""
     retention = {name: row.model_copy(update=changes) for name, row in data.metrics.retention.items()}
     return dataclasses.replace(data, metrics=data.metrics.model_copy(update={"retention": retention}))
+
+
+def with_transports(data: ReportData) -> ReportData:
+    """The same run, two of whose teachers sent targets."""
+    moved = {
+        "gemma3-code": TransportMetrics(
+            transports=("topk",), targets="live", rows=20, tokens=1500, bytes_per_token=262.4, bytes_per_row=48_211.5
+        ),
+        "siglip-digits": TransportMetrics(
+            transports=(), targets="cached", rows=20, tokens=0, bytes_per_token=None, bytes_per_row=512.0
+        ),
+    }
+    update = {"transports": moved, "aligned_share": {"gemma3-code": 0.625}}
+    return dataclasses.replace(data, metrics=data.metrics.model_copy(update=update))
 
 
 def media_row(kind: MediaKind, media: bytes) -> SampleRow:
@@ -424,10 +440,52 @@ def test_the_conflict_matrix_shows_the_mean_cosine_and_how_often_two_teachers_di
 def test_the_aligned_share_of_a_teacher_of_another_tokenizer_stands_over_its_curve(
     report_data: ReportData, tmp_path: Path, page: Page
 ) -> None:
-    shares = [{"kind": "step", "step": 3, "losses": {}, "aligned": {"gemma3-code": share}} for share in (0.5, 0.75)]
-    shown = page_of(dataclasses.replace(report_data, events=[*report_data.events, *shares]), tmp_path)
-    assert shown.text.count("another tokenizer; 62.5 % of the student's tokens align with it") == 1
+    shown = page_of(with_transports(report_data), tmp_path)
+    assert shown.text.count("another tokenizer; 62.5 % of the student's tokens are in spans that both cut out") == 1
     assert "another tokenizer" not in page.text
+
+
+def test_skipped_steps_and_rollbacks_are_listed_with_what_they_were_refused_for(
+    report_data: ReportData, tmp_path: Path
+) -> None:
+    refused = [
+        {"kind": "skip", "step": 30, "total": 41.25, "grad_norm": 9.5, "restored_step": None},
+        {"kind": "rollback", "step": 1234, "total": "nan", "grad_norm": "inf", "restored_step": 1200},
+        {"kind": "restart", "step": 40},
+    ]
+    events = [event for event in report_data.events if event["kind"] == "step"]
+    shown = page_of(dataclasses.replace(report_data, events=[*events, *refused]), tmp_path)
+    (table,) = shown.of_class("incidents")
+    assert table.endswith("30 skipped 41.2 9.5 30 1,234 rolled back nan inf 1,200")
+    many = [{**refused[0], "step": step} for step in range(40)]
+    shown = page_of(dataclasses.replace(report_data, events=[*events, *many]), tmp_path)
+    assert "The first 12 of 40" in shown.text
+    assert shown.of_class("incidents")[0].count("skipped") == 12
+    calm = page_of(dataclasses.replace(report_data, events=events), tmp_path)
+    assert calm.of_class("incidents") == []
+    assert "What was survived" not in calm.text
+
+
+def test_the_schedules_are_drawn_as_they_were_used(report_data: ReportData, tmp_path: Path, page: Page) -> None:
+    steps = [
+        {
+            "kind": "step",
+            "step": step,
+            "losses": {},
+            "lr": 0.5 - 0.1 * step,
+            "anchor_weight": 50.0 - 7.0 * step,
+            "shares": {"gemma3-code": step / 4},
+        }
+        for step in range(5)
+    ]
+    shown = page_of(dataclasses.replace(report_data, events=steps), tmp_path)
+    for drawn in (
+        "Learning rate 0.5 \N{RIGHTWARDS ARROW} 0.1",
+        "Weight of the feature anchors 50 \N{RIGHTWARDS ARROW} 22",
+        "Share of its importance that gemma3-code has 0 \N{RIGHTWARDS ARROW} 1",
+    ):
+        assert drawn in shown.text
+    assert "How it was weighted" not in page.text
 
 
 def test_without_surgery_there_is_no_conflict_matrix(page: Page, report_data: ReportData, tmp_path: Path) -> None:
@@ -522,6 +580,24 @@ def test_parameters_are_told_in_their_unit(count: int, text: str, report_data: R
     metrics = report_data.metrics.model_copy(update={"student_parameters": count})
     shown = page_of(dataclasses.replace(report_data, metrics=metrics), tmp_path)
     assert f"The student ({text} parameters)" in shown.text.replace("\u00a0", " ")
+
+
+def test_what_every_teacher_sent_is_shown_in_the_report_and_in_the_terminal(
+    report_data: ReportData, tmp_path: Path, page: Page
+) -> None:
+    data = with_transports(report_data)
+    (table,) = page_of(data, tmp_path).of_class("transports")
+    assert "gemma3-code live topk 1,500 262 48,212 62.5 %" in table
+    assert "siglip-digits cached - - - 512 -" in table
+    assert page.of_class("transports") == []
+    header, rule, *rows = render_transports(data.metrics).splitlines()
+    assert [re.split(r"\s{2,}", row) for row in rows] == [
+        ["gemma3-code", "live", "topk", "262", "48,212", "62.5 %"],
+        ["siglip-digits", "cached", "-", "-", "512", "-"],
+    ]
+    assert re.split(r"\s{2,}", header) == list(TRANSPORTS_HEADER)
+    assert set(rule) == {"-", " "}
+    assert render_transports(report_data.metrics) == ""
 
 
 def test_the_tax_of_every_teacher_is_shown(page: Page) -> None:

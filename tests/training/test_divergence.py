@@ -315,7 +315,7 @@ def test_micro_batches_add_up_to_the_full_batch(divergence: Dense, mask: Tensor)
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
-@every_dense
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_upcast_before_the_softmax(
     divergence: Dense, dtype: torch.dtype, mask: Tensor
@@ -443,6 +443,31 @@ def test_topk_is_finite_when_the_kept_mass_rounds_to_one(k: int, dtype: torch.dt
         assert student.grad is not None
         assert bool(torch.isfinite(student.grad).all())
         assert bool(student.grad[mask].any())
+
+
+@pytest.mark.parametrize("divergence", [topk_tail_reverse_kl, topk_jsd(1.0)], ids=["reverse_kl", "jsd_1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_student_outside_a_certain_teachers_ids_costs_no_more_than_densely_under_the_reverse_kl(
+    divergence: Dense, dtype: torch.dtype, mask: Tensor
+) -> None:
+    teacher = logits(65, scale=1.0)
+    teacher[..., 2] = 60.0  # its kept mass rounds to 1, so that 1 - mass says that the tail is impossible
+    student = logits(66, scale=1.0)
+    student[..., 7] = 40.0
+    ids, logprobs, _ = top(teacher, 2, 1.0)
+    leaf = student.requires_grad_()
+    loss = divergence(leaf, ids, logprobs.to(dtype), mask, num_loss_tokens=6, temperature=1.0)
+    loss.backward()
+    dense = reverse_kl(student.detach(), teacher, mask, num_loss_tokens=6, temperature=1.0)
+    assert 1.0 < loss.item() <= dense.item()
+    assert leaf.grad is not None
+    assert bool(torch.isfinite(leaf.grad).all())
+    closer = student.detach().clone()
+    closer[..., 2] += 39.0
+    nearer = divergence(closer, ids, logprobs.to(dtype), mask, num_loss_tokens=6, temperature=1.0)
+    assert nearer.item() < loss.item()
+    equal = divergence(teacher.clone(), ids, logprobs.to(dtype), mask, num_loss_tokens=6, temperature=1.0)
+    assert 0.0 <= equal.item() < 2.0 * torch.finfo(dtype).eps
 
 
 def test_a_rounded_mass_above_one_keeps_the_divergence_non_negative_and_its_minimum_at_equality(mask: Tensor) -> None:
@@ -684,6 +709,25 @@ def test_draws_give_the_dense_value_and_gradient_in_expectation(from_proposal: b
     dense = forward_kl(student, teacher, mask, num_loss_tokens=6, temperature=1.0)
     assert value == pytest.approx(dense.item(), rel=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(dense, student)[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("from_proposal", [False, True])
+def test_draws_do_not_depend_on_the_order_of_the_vocabulary_nor_on_a_shift_of_the_logits(
+    from_proposal: bool, mask: Tensor
+) -> None:
+    student, teacher = logits(67), logits(68)
+    log_p = torch.log_softmax(teacher / 2.0, dim=-1)
+    log_r = torch.log_softmax(logits(69), dim=-1)
+    ids = torch.randint(V, (B, T, 5), generator=torch.Generator().manual_seed(3))
+    drawn = {"proposal_logprobs_BTS": log_r.gather(-1, ids)} if from_proposal else {}
+    settings = {"num_loss_tokens": 6, "temperature": 2.0, **drawn}
+    value = sampled_kl(student, ids, log_p.gather(-1, ids), mask, **settings).item()
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(4))
+    places = order.argsort()[ids]  # where each id went
+    permuted = sampled_kl(student[..., order], places, log_p.gather(-1, ids), mask, **settings)
+    shifted = sampled_kl(student + 7.0, ids, log_p.gather(-1, ids), mask, **settings)
+    assert permuted.item() == pytest.approx(value, rel=1e-12)
+    assert shifted.item() == pytest.approx(value, rel=1e-12)
 
 
 def test_many_draws_converge_and_a_kept_share_does_not(mask: Tensor) -> None:

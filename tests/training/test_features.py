@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from nexus.training.features import FeatureStandardiser, cosine_smooth_l1_anchor
+from nexus.training.features import STANDARDISERS, FeatureStandardiser, PhiSStandardiser, cosine_smooth_l1_anchor
 
 B, T, H = 2, 4, 6
 
@@ -250,3 +251,85 @@ def test_a_standardiser_refuses_what_it_cannot_use() -> None:
     standardiser.update(torch.ones(3, H), torch.ones(3))
     with pytest.raises(ValueError, match="statistics of width 7"):
         FeatureStandardiser(H + 1).load_state_dict(standardiser.state_dict())
+
+
+# The rotation.
+
+
+def mixed(seed: int, rows: int, *, rank: int = H) -> Tensor:
+    """Rows whose dimensions differ in spread and are correlated; `rank` below H leaves directions without variance."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(rank, H, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, H)
+    return torch.randn(rows, rank, generator=generator, dtype=torch.float64) @ mixing + torch.arange(H) * 10.0
+
+
+@pytest.mark.parametrize("rank", [H, 2, 1])
+def test_phi_s_gives_every_dimension_variance_one_and_is_undone_exactly(rank: int) -> None:
+    data = mixed(20, 400, rank=rank)
+    standardiser = PhiSStandardiser(H)
+    standardiser.update(data, torch.ones(400))
+    result = standardiser(data)
+    assert result.mean(dim=0).abs().max().item() < 1e-10
+    torch.testing.assert_close(
+        result.var(dim=0, unbiased=False), torch.ones(H, dtype=torch.float64), rtol=1e-9, atol=0.0
+    )
+    torch.testing.assert_close(standardiser.inverse(result), data, rtol=1e-12, atol=1e-9)
+
+
+def test_phi_s_is_the_scalar_standardisation_turned() -> None:
+    data, probe = mixed(21, 100), mixed(22, 5)
+    scalar, turned = (make(H) for make in STANDARDISERS.values())
+    for standardiser in (scalar, turned):
+        standardiser.update(data, torch.ones(100))
+    torch.testing.assert_close(turned.rotate(scalar(probe)), turned(probe), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(turned(probe).norm(dim=-1), scalar(probe).norm(dim=-1), rtol=1e-12, atol=0.0)
+    assert torch.equal(scalar.rotate(probe), probe)
+    # Squared errors are the same in both axes; smooth L1, whose threshold is per dimension, is not.
+    student = torch.zeros_like(probe)
+    smooth = [torch.nn.functional.smooth_l1_loss(s.rotate(student), s(probe)).item() for s in (scalar, turned)]
+    assert abs(smooth[0] - smooth[1]) > 1e-3
+
+
+def test_the_axes_turn_when_twice_as_much_was_seen_and_then_stay() -> None:
+    standardiser = PhiSStandardiser(H, freeze_after=64)
+    axes = []
+    for step in range(9):
+        standardiser.update(mixed(30 + step, 8), torch.ones(8))
+        axes.append(standardiser.state_dict()["rotation_HH"])
+    turned = [not torch.equal(one, other) for one, other in itertools.pairwise(axes)]
+    # At 16, 32 and, frozen, 64 vectors; the ninth update finds it frozen.
+    assert turned == [True, False, True, False, False, False, True, False]
+    state = standardiser.state_dict()
+    assert (state["frozen"], state["rotated_at"], state["scatter_HH"]) == (True, 64, None)
+    standardiser.freeze()  # a second time changes nothing
+    assert torch.equal(standardiser.state_dict()["rotation_HH"], axes[-1])
+
+
+@pytest.mark.parametrize("seen", [3, 40])
+def test_a_restored_rotation_continues_bit_for_bit(seen: int) -> None:
+    def make() -> PhiSStandardiser:
+        return PhiSStandardiser(H, freeze_after=30)
+
+    original, restored = make(), make()
+    original.update(mixed(40, seen), torch.ones(seen))
+    restored.update(mixed(41, 7), torch.ones(7))  # what it knew before is gone
+    state = original.state_dict()
+    probe = mixed(42, 3)
+    before = original(probe)
+    restored.load_state_dict(state)
+    assert torch.equal(restored(probe), before)
+    for standardiser in (original, restored):
+        standardiser.update(mixed(43, 50), torch.ones(50))
+    assert torch.equal(original(probe), restored(probe))
+    restored.load_state_dict(state)  # the state that was handed out did not move with the updates
+    assert torch.equal(restored(probe), before)
+
+
+def test_a_rotation_keeps_dtypes_and_waits_for_features() -> None:
+    standardiser = PhiSStandardiser(H)
+    with pytest.raises(ValueError, match="call `update` first"):
+        standardiser(features(44))
+    standardiser.update(features(44, torch.bfloat16), torch.ones(B, T))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert standardiser(features(45, dtype)).dtype == dtype
+    assert PhiSStandardiser(1000).freeze_after == 8000

@@ -165,10 +165,26 @@ def test_masked_positions_cannot_change_loss_or_gradient(terms: tuple[Term, ...]
     assert not results[1][1][~problem.mask].any()
 
 
-def test_a_batch_that_scores_nothing_is_zero_and_attached() -> None:
+@every
+def test_vocabulary_permutation_and_logit_shift_change_nothing(terms: tuple[Term, ...], dense: Dense) -> None:
+    problem = Problem(12)
+    value = problem.tiled(terms, workspace_bytes=20_000).item()
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(0))
+    heads = problem.head, problem.teacher_head
+    problem.head, problem.teacher_head = (OutputHead(head.weight_VD[order], head.bias_V[order]) for head in heads)
+    assert problem.tiled(terms, workspace_bytes=20_000).item() == pytest.approx(value, rel=1e-11)
+    problem.head = replace(heads[0], bias_V=heads[0].bias_V + 7.0)
+    problem.teacher_head = replace(heads[1], bias_V=heads[1].bias_V - 3.0)
+    assert problem.tiled(terms, workspace_bytes=20_000).item() == pytest.approx(value, rel=1e-11)
+
+
+@every
+def test_a_batch_that_scores_nothing_is_zero_and_attached(terms: tuple[Term, ...], dense: Dense) -> None:
     problem = Problem(5)
     problem.mask = torch.zeros(B, T)
-    loss = problem.tiled(DISTILL_MIX, num_loss_tokens=0)
+    problem.student = problem.student.detach().fill_(math.inf).requires_grad_()
+    problem.teacher = problem.teacher.fill_(math.nan)
+    loss = problem.tiled(terms, num_loss_tokens=0)
     loss.backward()
     assert loss.item() == 0.0
     for leaf in problem.leaves:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest_training import CAPABILITIES, facts, image_rows, label_targets, text_rows, token_targets
 
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TrainingDivergedError
 from nexus.student.memory import NexusStudent
 from nexus.training.batches import Assignment, StepBatches
 from nexus.training.loop import DistillationLoop, LoopSettings, Spike, parse_spike
@@ -111,6 +111,7 @@ def _loop(
     rows=2,
     source=None,
     assignments=ASSIGNMENTS,
+    standardise="scale",
     **changes,
 ):
     torch.manual_seed(0)
@@ -126,6 +127,7 @@ def _loop(
         top_k=8,
         response_weight=1.0,
         max_length=64,
+        standardise=standardise,
     )
     batches = StepBatches(
         {assignment: CyclingStream(found, rows) for assignment, found in assignments.items()} if taught else {},
@@ -196,6 +198,28 @@ def test_a_run_makes_its_steps_saves_on_schedule_and_lowers_the_losses(spec, tok
     assert reports[0].learning_rate < reports[1].learning_rate
 
 
+def test_where_recovery_gives_up_the_loop_stands_at_the_step_of_the_state_that_it_kept(spec, tokenizer):
+    """Else a checkpoint of it would claim steps that its weights never made, and a resume would leave them out."""
+    loop, _ = _loop(spec, tokenizer, recovery=RecoveryConfig(max_rollbacks=0))
+    states = {}
+
+    def remember(report):
+        states[loop.step] = (_weights(loop), _copy(loop.state_dict()))
+
+    loop.run(on_report=remember, should_stop=lambda: loop.step >= 6, save=lambda: None)
+    weights, state = states[4]  # the newest snapshot
+    with torch.no_grad():
+        next(loop.objective.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingDivergedError, match="state of step 4"):
+        loop.advance()
+    kept = loop.state_dict()
+    assert kept["step"] == 4
+    _assert_equal(_weights(loop), weights)
+    for part in ("scheduler", "batches"):
+        assert kept[part] == state[part]
+    assert loop.advance().step == 4
+
+
 def test_targets_of_later_draws_are_asked_before_a_step_and_collected_in_order(spec, tokenizer):
     loop, source = _loop(spec, tokenizer)
     loop.advance()
@@ -219,6 +243,7 @@ def test_the_run_is_reproducible(spec, tokenizer):
         ({"surgery_method": "upgrad"}, True),
         ({}, False),
         ({"optimizer": "muon"}, True),
+        ({"optimizer": "adamw8bit", "standardise": "phi_s"}, True),
         ({"surgery_method": "pcgrad", "surgery_every": 3, "accumulate": 2, "ema_decay": 0.9}, True),
         ({"ramps": {"labels": (2, 3)}, "schedule": "wsd"}, True),
     ],
@@ -290,7 +315,7 @@ def test_a_nan_is_skipped_without_costing_a_step_and_changes_nothing(spec, token
     assert loop.step == 8
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 def test_a_rollback_returns_to_a_snapshot_and_asks_for_the_targets_again(spec, tokenizer, optimizer):
     recovery = RecoveryConfig(flags_to_rollback=1, certify_steps=1, suspect_margin=0, warmup=4, window=8)
     loop, source = _loop(
@@ -350,6 +375,7 @@ def test_the_anchor_weight_follows_its_schedule(spec, tokenizer):
         report = loop.advance()
         losses[start] = report.losses["same"]
         anchor = report.anchor["same"]
+        assert report.anchor_weight == start
     assert losses[2.0] - losses[0.0] == pytest.approx(2.0 * anchor, rel=1e-4)
 
 
@@ -391,19 +417,37 @@ def test_surgery_reports_what_it_found_on_the_steps_that_it_is_due(spec, tokeniz
     assert -1.0 <= found.cosines["same"]["labels"] <= 1.0
 
 
-def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec, tokenizer):
+@pytest.mark.parametrize("subset", ["adapters_and_trunk", "trunk"])
+def test_between_two_surgeries_the_plan_is_used_with_each_steps_own_losses(spec, tokenizer, subset):
     """On one and the same batch, the reused plan gives what a new one would."""
     gradients = {}
     for every in (1, 5):
-        loop, _ = _loop(
-            spec, tokenizer, surgery_method="upgrad", surgery_every=every, learning_rate=0.0, weight_decay=0.0
-        )
+        changes = {"surgery_method": "upgrad", "surgery_every": every, "surgery_subset": subset}
+        loop, _ = _loop(spec, tokenizer, learning_rate=0.0, weight_decay=0.0, **changes)
         loop.batches._unlabelled = {key: CyclingStream(rows[:1], 1) for key, rows in ASSIGNMENTS.items()}
         loop.batches._labelled = {"math": CyclingStream(text_rows(1), 1)}
         _frozen(loop)
         loop.advance()
         gradients[every] = _gradient(loop)
     torch.testing.assert_close(gradients[5], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("subset", ["adapters_and_trunk", "trunk"])
+def test_surgery_goes_back_through_the_trunk_once_for_each_pass_forward(spec, tokenizer, subset):
+    """What a step of surgery costs, on the step that finds the plan and on those that use it."""
+    loop, _ = _loop(spec, tokenizer, surgery_method="upgrad", surgery_every=3, surgery_subset=subset)
+    passes = {"forward": 0, "backward": 0}
+
+    def count(name):
+        passes[name] += 1
+
+    layer = loop.objective.student.core.layers[-1]
+    layer.register_forward_hook(lambda *_: count("forward"))
+    layer.register_full_backward_hook(lambda *_: count("backward"))
+    reports = [loop.advance() for _ in range(3)]
+    assert [report.surgery is not None for report in reports] == [True, False, False]
+    assert loop._operation._plan.conflicts == 1  # else the steps between would be plain
+    assert passes["backward"] == passes["forward"]
 
 
 @pytest.mark.parametrize("subset", ["adapters", "trunk"])
@@ -430,13 +474,22 @@ def test_excluded_rows_can_leave_an_assignment_without_rows(spec, tokenizer):
     ("text", "spike"), [("50:nan", ("nan", 50)), ("3:x50", ("scale", 3)), ("0:x2.5", ("scale", 0))]
 )
 def test_a_spike_is_read_from_its_text(text, spike):
-    assert (parse_spike(text).kind, parse_spike(text).draw) == spike
+    found = parse_spike(text, steps=51)
+    assert (found.kind, found.step) == spike
 
 
 @pytest.mark.parametrize("text", ["nan", "5", "5:", "5:y50", "-1:nan", "5:x"])
 def test_another_spike_is_refused(text):
     with pytest.raises(ConfigError, match="STEP:nan or STEP:xFACTOR"):
-        parse_spike(text)
+        parse_spike(text, steps=51)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("51:nan", "below distill.steps, 51"), ("5:x1", "above 1"), ("5:x0", "above 1")]
+)
+def test_a_spike_that_would_spoil_nothing_is_refused(text, found):
+    with pytest.raises(ConfigError, match=found):
+        parse_spike(text, steps=51)
 
 
 # Gradient accumulation.
@@ -550,9 +603,9 @@ def test_accumulation_asks_for_the_targets_of_whole_steps_ahead(spec, tokenizer)
 
 
 @pytest.mark.parametrize("taught", [True, False])
-def test_a_spike_in_the_middle_of_an_accumulated_step_skips_all_of_it(spec, tokenizer, taught):
-    """The draw after the first of a step: nothing of the step may stay behind."""
-    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(3, "nan", math.nan), taught=taught)
+def test_a_spike_at_an_accumulated_step_skips_all_its_draws(spec, tokenizer, taught):
+    """Steps are counted, not draws, and nothing of the step may stay behind."""
+    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(1, "nan", math.nan), taught=taught)
     before = {}
     reports = []
 
@@ -616,6 +669,9 @@ def test_a_later_teacher_is_not_asked_before_its_step_and_rises_in_weight(spec, 
     _, reports = _run(loop)
     assert [set(report.losses) for report in reports[:3]] == [{"same"}, {"same"}, {"labels", "same"}]
     assert min(draw for draw, teacher in asked if teacher == "labels") == 2
+    assert [report.shares for report in reports] == [
+        {"labels": share} for share in (0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)
+    ]
     weights = [report.coefficients["labels"] for report in reports[2:6]]
     assert weights[0] < 0.3
     assert weights[0] < weights[3]

@@ -241,6 +241,12 @@ def test_buffers_that_the_forward_pass_replaced_get_their_value_back() -> None:
     assert not model.average.any()
 
 
+def test_a_buffer_that_holds_nothing_is_none() -> None:
+    model = nn.BatchNorm1d(3, track_running_stats=False)
+    model.register_buffer("kept", torch.ones(2))
+    assert list(copy_buffers(model, {})) == ["kept"]
+
+
 def test_buffers_registered_since_are_left_alone() -> None:
     model = nn.Sequential(Reassigning())
     saved = copy_buffers(model, {})

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nexus.training import surgery
-from nexus.training.surgery import combine, nonnegative_minimiser, plan_surgery, weighted_sum
+from nexus.training.surgery import (
+    combine,
+    nonnegative_minimiser,
+    plan_scaled_surgery,
+    plan_surgery,
+    weighted_sum,
+)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -65,6 +75,17 @@ def test_upgrad_gives_the_published_value() -> None:
     gradients = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
     combined = combine(gradients, torch.tensor([0.5, 0.5]), method="upgrad")
     assert combined.tolist() == pytest.approx([0.29240, 1.90058, 1.90058], abs=1e-5)
+
+
+def test_upgrad_gives_torchjds_values_for_four_conflicting_teachers() -> None:
+    # TorchJD 0.18, UPGrad(pref_vector=coefficients * norms, projector=QuadprogProjector(reg_eps=1e-10)) of the unit rows.
+    gradients = torch.tensor(
+        [[3.0, -1.0, 0.5, 2.0], [-2.0, 0.4, 1.0, -1.5], [0.1, -0.2, -0.7, 0.3], [1.0, 2.0, -1.0, -2.5]],
+        dtype=torch.float64,
+    )
+    coefficients = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+    combined = combine(gradients, coefficients, method="upgrad")
+    assert combined.tolist() == pytest.approx([0.19907875638, -0.32110884697, -0.07635967234, -0.42663391519], abs=1e-8)
 
 
 @pytest.mark.parametrize("num_teachers", [2, 3, 5, 8, 16, 32])
@@ -305,6 +326,42 @@ def test_the_result_does_not_depend_on_the_chunk_size(monkeypatch: pytest.Monkey
     whole = combine(gradients, coefficients, method="upgrad")
     monkeypatch.setattr(surgery, "COLUMNS_PER_CHUNK", 7)
     torch.testing.assert_close(combine(gradients, coefficients, method="upgrad"), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_duplicates_opposites_zeros_and_any_scale_together_conflict_with_nobody() -> None:
+    for seed in range(5):
+        base = torch.randn(3, 20, generator=generator(seed), dtype=torch.float64)
+        zero = torch.zeros(1, 20, dtype=torch.float64)
+        gradients = torch.cat([base, base, -base[:1], zero, -1e-20 * base[1:2], 1e20 * base[2:]])
+        coefficients = simplex(seed, len(gradients))
+        combined = combine(gradients, coefficients, method="upgrad")
+        alive = gradients.norm(dim=1) > 0.0
+        assert worst_conflict(gradients[alive], coefficients[alive], combined) >= -1e-8
+        assert bool(torch.isfinite(combine(gradients, coefficients, method="pcgrad")).all())
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *found])
+        return result
+
+
+@pytest.mark.parametrize("method", ["upgrad", "pcgrad"])
+def test_the_gradients_of_all_teachers_are_never_copied(
+    method: surgery.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surgery, "COLUMNS_PER_CHUNK", 10)
+    rows, coefficients = conflicting(55, 4).unbind(), simplex(55, 4).numpy()
+    with Largest() as largest:
+        plan = plan_scaled_surgery(rows, [1.0, 2.0, 3.0, 4.0], method=method)
+        weighted_sum(rows, plan.factors(coefficients))
+    assert largest.elements == 60  # the combined gradient
 
 
 def test_the_inputs_are_left_as_they_are_and_need_no_graph() -> None:

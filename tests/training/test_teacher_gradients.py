@@ -160,14 +160,30 @@ def test_the_steps_between_weigh_the_losses_as_the_plan_says_in_one_backward_pas
 def test_a_plan_without_conflict_leaves_the_steps_between_as_they_are() -> None:
     steps = SurgerySteps("upgrad", every=3, seed=0)
     result = SurgeryLoss(torch.zeros(()), {"audio": 0.5, "code": 0.5}, {}, ())
-    steps.outcome(result, torch.eye(2))
+    steps.outcome(result, dict(zip(TEACHERS, torch.eye(2), strict=True)), dict.fromkeys(TEACHERS, 1.0))
     losses = {teacher: torch.ones((), requires_grad=True) for teacher in TEACHERS}
     assert steps.weighted(losses, result, dict.fromkeys(TEACHERS, 1.0)) is None
 
 
+def test_a_plan_is_of_the_ratios_and_not_of_the_losses() -> None:
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    baselines = {"a": 1e-3, "b": 1.0, "c": 40.0}
+    result = SurgeryLoss(torch.zeros(()), {"a": 0.2, "b": 0.3, "c": 0.5}, {}, ())
+    steps = SurgerySteps("upgrad", every=1, seed=0)
+    outcome = steps.outcome(result, dict(zip("abc", rows, strict=True)), baselines)
+    assert outcome is not None
+    ratios = rows / torch.tensor([1e-3, 1.0, 40.0], dtype=torch.float64)[:, None]
+    assert bool((ratios @ ratios.T < 0.0).any())
+    combined = torch.tensor(list(outcome.factors.values()), dtype=torch.float64) @ ratios
+    coefficients = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    expected = combine(ratios, coefficients, method="upgrad")
+    torch.testing.assert_close(combined, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_other_teachers_make_surgery_due() -> None:
     steps = SurgerySteps("upgrad", every=10, seed=0)
-    steps.outcome(SurgeryLoss(torch.zeros(()), {"audio": 0.5, "code": 0.5}, {}, ()), torch.eye(2))
+    result = SurgeryLoss(torch.zeros(()), {"audio": 0.5, "code": 0.5}, {}, ())
+    steps.outcome(result, dict(zip(TEACHERS, torch.eye(2), strict=True)), dict.fromkeys(TEACHERS, 1.0))
     assert not steps.due(TEACHERS)
     assert steps.due(("audio",))
 
@@ -287,16 +303,18 @@ def test_half_precision_parameters_get_half_precision_gradients_added_in_float32
 
 
 def test_a_restored_state_continues_with_the_same_plan_and_order() -> None:
-    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    random = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows, turned = (dict(zip("abcd", sign * random, strict=True)) for sign in (1.0, -1.0))
+    baselines = dict.fromkeys("abcd", 2.0)
     result = SurgeryLoss(torch.zeros(()), dict.fromkeys("abcd", 0.25), {}, ())
     first = SurgerySteps("pcgrad", every=2, seed=0)
     empty = first.state_dict()
-    first.outcome(result, rows)
+    first.outcome(result, rows, baselines)
     state = first.state_dict()
     second = SurgerySteps("pcgrad", every=2, seed=5)
     second.load_state_dict(state)
     for _ in range(3):  # the first reuses the plan, the second draws a new order
-        one, two = first.outcome(result, -rows), second.outcome(result, -rows)
+        one, two = (steps.outcome(result, turned, baselines) for steps in (first, second))
         assert one is not None
         assert two is not None
         assert one.factors == two.factors
