@@ -1,7 +1,7 @@
 """Tries teachers of a vendor's package in its environment; started by `nexus teachers check` as `python -m nexus.vendors.check`.
 
-Argument: a JSON list of [registry id, folder of the checkpoint]. Where there is no such folder it is built tiny there, and anywhere for
-null. Standard output: one JSON object a line.
+Argument: a JSON list of [registry id, folder of the checkpoint]. Where there is no such folder it is built tiny there, and for null
+anywhere. Standard output: one JSON object a line.
 """
 
 from __future__ import annotations
