@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, RunConfig, resolve_path
+from nexus.errors import ArtifactError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
@@ -350,7 +351,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
 
     config = session.config
     if inject_spike is not None:
-        parse_spike(inject_spike)
+        parse_spike(inject_spike, steps=config.distill.steps)
     facts = _teacher_facts(session, _profiles(session), from_files=True)
     check_answered(
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
@@ -456,6 +457,12 @@ def _teacher_facts(
     }
     live = [teacher.id for teacher in config.teachers if teacher.id not in written]
     reports = session.reports_of(live)
+    for teacher in live:
+        if profiles[teacher].revision != reports[teacher].fingerprint:
+            raise ArtifactError(
+                f"Expected teacher {teacher} as it was profiled ({profiles[teacher].revision}), found another "
+                f"({reports[teacher].fingerprint}). Put the former back, or choose another --out to begin anew."
+            )
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
         written[teacher.id]

@@ -154,7 +154,7 @@ class TrainerActor:
             save_checkpoint,
             trained_weights,
         )
-        from nexus.training.setup import build_loop, training_fingerprint
+        from nexus.training.setup import build_loop, training_sources
 
         plan = self._plan
         os.chdir(plan.working_dir)
@@ -174,8 +174,9 @@ class TrainerActor:
             inject_spike=plan.inject_spike,
             device=plan.device,
         )
-        fingerprint = training_fingerprint(plan.config)
-        found = load_checkpoint(folder, fingerprint=fingerprint)
+        fingerprint = plan.config.fingerprint()
+        sources = training_sources(plan.config, plan.teachers if taught else ())
+        found = load_checkpoint(folder, fingerprint=fingerprint, sources=sources)
         if found is not None:
             _, weights, state = found
             load_trained(loop.objective, weights)
@@ -193,6 +194,7 @@ class TrainerActor:
                 folder,
                 step=loop.step,
                 fingerprint=fingerprint,
+                sources=sources,
                 weights=trained_weights(loop.objective),
                 state=loop.state_dict(),
             )

@@ -40,7 +40,7 @@ from nexus.config import DataConfig, RunConfig, dump_config, load_config
 from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
-from nexus.run import student_profile_path
+from nexus.run import student_profile_path, without_undone
 
 TEMPLATE = "report.html.jinja"
 TABLE_HEADER = (
@@ -510,7 +510,7 @@ def _training(data: ReportData) -> _Training | None:
     surgeries: list[Mapping[str, object]] = []
     incidents: list[_Incident] = []
     weights: dict[str, list[tuple[int, float]]] = {}
-    for event in data.events:
+    for event in without_undone(data.events):
         kind, step = event.get("kind"), event.get("step")
         if not isinstance(step, int) or event.get("student", DISTILLED) != DISTILLED:
             continue

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nexus.artifacts import fingerprint_of
 from nexus.config import RunConfig, resolve_path
 from nexus.data.collate import length_check
 from nexus.data.loader import RecordBatches
@@ -160,7 +159,7 @@ def build_loop(
             },
             seed=config.seed,
         ),
-        spike=None if inject_spike is None else parse_spike(inject_spike),
+        spike=None if inject_spike is None else parse_spike(inject_spike, steps=distill.steps),
     )
 
 
@@ -179,12 +178,14 @@ def _student(config: RunConfig, spec: StudentSpec) -> NexusStudent:
     return student
 
 
-def training_fingerprint(config: RunConfig) -> str:
-    """Hash of all that a checkpoint's weights belong to: the configuration, and the content of a pretrained trunk."""
+def training_sources(config: RunConfig, teachers: Sequence[TeacherFacts] = ()) -> dict[str, str]:
+    """What a checkpoint's weights are learned from besides the configuration, as `save_checkpoint` takes it.
+
+    A teacher counts where it goes on teaching; what the trained student is used for afterwards needs the trunk alone.
+    """
     trunk = _trunk(config)
-    if trunk is None:
-        return config.fingerprint()
-    return fingerprint_of([config.fingerprint(), weights_digest(open_checkpoint(trunk))])
+    sources = {f"teacher {teacher.id}": teacher.fingerprint for teacher in teachers}
+    return sources if trunk is None else {"the pretrained trunk": weights_digest(open_checkpoint(trunk)), **sources}
 
 
 def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
@@ -311,7 +312,7 @@ def load_trained_student(
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
     """
     folder = run_dir / "checkpoints" / name
-    found = load_checkpoint(folder, fingerprint=training_fingerprint(config))
+    found = load_checkpoint(folder, fingerprint=config.fingerprint(), sources=training_sources(config))
     if found is None:
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
     _, weights, state = found
