@@ -147,7 +147,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("gpu: expected a GPU that CUDA can open, found none; --device cpu tries the script without one", file=sys.stderr)
+        print(
+            "gpu: expected a GPU that CUDA can open, found none; --device cpu tries the script without one",
+            file=sys.stderr,
+        )
         return 2
     device = arguments.device
     with tempfile.TemporaryDirectory() as scratch:
