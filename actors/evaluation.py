@@ -282,14 +282,16 @@ def _best_teacher(
         report = session.load_reports[teacher.id]
         nf4_correct = score_answers(tax.nf4_answers, gold, source.answer)
         name = teacher.id if len(teacher.capabilities) == 1 else f"{teacher.id}/{source.capability}"
-        taxes[name] = quantisation_tax(
-            float_correct=score_answers(tax.float_answers, gold, source.answer),
-            nf4_correct=nf4_correct,
-            kl_N=tax.kl_N,
-            same_top1_N=tax.same_top1_N,
-            quantised_share=report.quantised_share,
-            max_weight_error=report.max_weight_error,
-        )
+        # Without an original to compare with, as of a GPTQ checkpoint, there is no tax to tell.
+        if len(tax.kl_N):
+            taxes[name] = quantisation_tax(
+                float_correct=score_answers(tax.float_answers, gold, source.answer),
+                nf4_correct=nf4_correct,
+                kl_N=tax.kl_N,
+                same_top1_N=tax.same_top1_N,
+                quantised_share=report.quantised_share,
+                max_weight_error=report.max_weight_error,
+            )
         if best is None or nf4_correct.mean() > best[1].mean():
             best = (teacher.id, nf4_correct)
     assert best is not None, "a capability without a teacher that answers is refused before training"

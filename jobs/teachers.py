@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus.towers.registry import load_registry, pull_teacher
+from nexus.towers.registry import base_of, load_registry, pull_teacher
 
 if TYPE_CHECKING:
     from nexus.towers.check import CheckRow
@@ -58,7 +58,7 @@ def show_teacher(teacher: str) -> str:
 
 
 def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iterator[tuple[str, Path]]:
-    """Fetch checkpoints; id and folder of each that arrived.
+    """Fetch checkpoints, and the models that they read; id and folder of each that arrived.
 
     Raises:
         TowerLoadError: unknown id, no network, gated or missing repository.
@@ -67,7 +67,8 @@ def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iter
     # All ids are looked up before the first gigabyte is fetched.
     entries = [registry.get(teacher) for teacher in teachers]
     for entry in entries:
-        yield entry.id, pull_teacher(entry, models_dir=models_dir)
+        for part in (entry, *([base_of(entry)] if entry.base else [])):
+            yield part.id, pull_teacher(part, models_dir=models_dir)
 
 
 def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None, keep: Path | None) -> Iterator[CheckRow]:
@@ -105,13 +106,15 @@ def render_verification(row: VerifyRow) -> str:
 def check_document(row: CheckRow) -> dict[str, Any]:
     """One row as plain JSON values."""
     document = asdict(row)
+    # Told to people only; the columns for machines are fixed.
+    del document["method"]
     return {**document, "targets": list(row.targets)}
 
 
 def render_check(row: CheckRow) -> str:
     """One row for people."""
     if row.status == "ok":
-        nf4 = f"{row.quantised_share:.1%} in NF4" if row.quantised else "floating point"
+        nf4 = f"{row.quantised_share:.1%} {row.method}" if row.quantised else "floating point"
         bits = "" if row.bits_per_param is None else f", {row.bits_per_param:.2f} bits"
         outcome = f"ok ({nf4}{bits}; {', '.join(row.targets)})"
     else:

@@ -28,6 +28,11 @@ GLANCE_BLOCKS = 64
 GLANCE_BYTES = 16 * 1024
 """What `sampled_digest` reads of a file beside its header: 1 MiB, a few milliseconds whatever the file's size."""
 
+GPTQ_BITS = (2, 4, 8)
+"""Sizes of codes that fill 32-bit numbers without a rest; codes of 3 bits are laid out in several ways."""
+GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+"""Name of a layout -> what its stored zero points lack."""
+
 
 class SourceFile(StrictModel):
     """A weight file as the file system shows it."""
@@ -35,6 +40,22 @@ class SourceFile(StrictModel):
     name: str
     size: int
     mtime_ns: int
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """How the authors of a checkpoint packed its matrices by GPTQ (gptq.py reads them)."""
+
+    bits: int
+    """Of a code."""
+    group_size: int | None
+    """Input features that share a scale; None: all of a matrix."""
+    zero_offset: int
+    """Added to a stored zero point: 1 in the first version of the format, 0 in the second."""
+
+    def __str__(self) -> str:
+        """As reports name it."""
+        return f"GPTQ {self.bits} bit, " + (f"group {self.group_size}" if self.group_size else "one group")
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,8 @@ class Checkpoint:
     """config.json."""
     weights: Mapping[str, Path]
     """Key of each tensor -> the safetensors file that holds it."""
+    gptq: GptqFormat | None = None
+    """What its authors quantised it with; None for floating point."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -60,12 +83,13 @@ def open_checkpoint(folder: Path, *, stem: str = "model") -> Checkpoint:
         stem: name of the weights: `<stem>.safetensors`, or shards listed in `<stem>.safetensors.index.json`.
 
     Raises:
-        TowerLoadError: no folder, no or broken config.json, no or broken or missing safetensors files, already quantised weights.
+        TowerLoadError: no folder, no or broken config.json, no or broken or missing safetensors files, weights that are
+            already quantised by another method than GPTQ.
     """
     if not folder.is_dir():
         raise TowerLoadError(f"Expected a checkpoint folder at {folder}, found no such folder. Correct the path.")
     config = read_json(folder / "config.json")
-    _refuse_quantised(folder, config)
+    gptq = _quantised_by_its_authors(folder, config)
     weights: dict[str, Path] = {}
     for path in _weight_files(folder, stem):
         try:
@@ -75,7 +99,7 @@ def open_checkpoint(folder: Path, *, stem: str = "model") -> Checkpoint:
             raise TowerLoadError(
                 f"Expected readable safetensors in {path}, found: {' '.join(str(error).split())}. Fetch the file again."
             ) from None
-    return Checkpoint(folder, config, weights)
+    return Checkpoint(folder, config, weights, gptq)
 
 
 def weights_digest(checkpoint: Checkpoint, *, full_hash_bytes: int = FULL_HASH_BYTES) -> str:
@@ -179,14 +203,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+def _quantised_by_its_authors(folder: Path, config: Mapping[str, Any]) -> GptqFormat | None:
     """Quantised weights are never quantised again: the error would add up, and some classes drop the setting and load noise."""
     nested = [value for value in config.values() if isinstance(value, dict)]
     for section in (config, *nested):
         found = section.get("quantization_config")
-        if found:
-            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-            raise TowerLoadError(
-                f"Expected floating-point weights in {folder}, found weights already quantised by {method}. Use the original "
-                "checkpoint that this one was made from."
-            )
+        if not found:
+            continue
+        method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+        if method == "gptq":
+            return _gptq_format(folder, found)
+        raise TowerLoadError(
+            f"Expected weights in floating point or GPTQ in {folder}, found weights already quantised by {method}. Use the original "
+            "checkpoint that this one was made from."
+        )
+    return None
+
+
+def _gptq_format(folder: Path, found: Mapping[str, Any]) -> GptqFormat:
+    bits: Any = found.get("bits")
+    group_size: Any = found.get("group_size", 128)
+    version = found.get("checkpoint_format", found.get("format", "gptq"))
+    wrong = None
+    if bits not in GPTQ_BITS:
+        wrong = f"{bits} bits; use a checkpoint of {', '.join(map(str, GPTQ_BITS))} bits"
+    elif not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+        wrong = f"groups of {group_size}; fetch config.json again"
+    elif version not in GPTQ_ZERO_OFFSETS:
+        wrong = f"the layout {version}; use a checkpoint in one of {', '.join(GPTQ_ZERO_OFFSETS)}"
+    if wrong is not None:
+        raise TowerLoadError(f"Expected a GPTQ checkpoint that can be read in {folder}, found {wrong}.")
+    return GptqFormat(bits, None if group_size == -1 else group_size, GPTQ_ZERO_OFFSETS[version])

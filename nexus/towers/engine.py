@@ -363,8 +363,12 @@ class TeacherEngine:
     def tax(self, records: Sequence[Record], *, max_new_tokens: int, snr_db: float | None = None) -> TaxMeasurement:
         """What NF4 costs on these rows; the floating-point copy is loaded beside the quantised one and dropped afterwards.
 
-        That of a streamed teacher is loaded into the machine's memory, wherever the teacher itself runs.
+        That of a streamed teacher is loaded into the machine's memory, wherever the teacher itself runs. A teacher that its authors
+        quantised has no original here: its answers are measured, no item is compared.
         """
+        if self.tower.coverage.already is not None:
+            answers = self.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+            return TaxMeasurement(answers, answers, np.empty(0), np.empty(0, dtype=bool))
         return measure_tax(self._original(), self, records, max_new_tokens=max_new_tokens, snr_db=snr_db)
 
     def feature_tax(self, records: Sequence[Record]) -> np.ndarray:

@@ -51,6 +51,7 @@ from nexus.towers.codec_lm import MODEL_CLASS as CODEC_LM_CLASS
 from nexus.towers.diffusion import Denoiser
 from nexus.towers.encoder import encoder_of
 from nexus.towers.experts import spilling
+from nexus.towers.gptq import GptqConfig, GptqLinear, packed_matrices, place_packed, refuse_damaged
 from nexus.towers.memory import require_memory
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
@@ -61,6 +62,7 @@ from nexus.towers.nf4 import (
     plan_quantisation,
     prepare_modules,
     quantisation_config,
+    require_quantised,
 )
 from nexus.towers.registry import TeacherRegistry, TeacherSpec, resolve_entry
 from nexus.towers.sae import Dictionaries, load_dictionaries
@@ -167,13 +169,13 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         return _load_diffusion(spec, target, quantise=quantise and spec.quantise)
     checkpoint = open_checkpoint(Path(spec.path))
     model_class = _model_class(spec, checkpoint)
-    skeleton = _skeleton(spec, model_class)
+    skeleton = _skeleton(spec, model_class, checkpoint)
     # Preparing inputs fails far sooner than loading weights does, so it comes first.
     tokenizer = tokenizer_of(spec) if spec.role == "causal_lm" else None
     transcriber = _transcriber(spec, skeleton)
     processor = _media_processor(spec) if spec.role == "causal_lm" else _processor(spec)
-    # Codecs stay in floating point: four bits are heard.
-    quantise = quantise and spec.quantise and spec.role != "codec"
+    # Codecs stay in floating point: four bits are heard. What is quantised already is left as it is.
+    quantise = quantise and spec.quantise and spec.role != "codec" and checkpoint.gptq is None
     loaded = _load_model(spec, checkpoint, skeleton, model_class, target, quantise=quantise)
     model, coverage = loaded.model, loaded.coverage
     digest = None if tokenizer is None else tokenizer_hash(tokenizer)
@@ -185,7 +187,9 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
             "class": type(model).__name__,
             "role": spec.role,
             "revision": spec.revision,
-            "quantisation": ["nf4", "double", *sorted(spec.skip_modules)] if quantise else "none",
+            "quantisation": ["nf4", "double", *sorted(spec.skip_modules)]
+            if quantise
+            else str(checkpoint.gptq or "none"),
             "tokenizer": digest,
             "chat_template": None if tokenizer is None else tokenizer.chat_template,
             "processor": None if processor is None else json.loads(processor.to_json_string()),
@@ -193,8 +197,8 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
         }
     )
     logger.info(
-        "teacher %s: %.1f %% of %d parameters in NF4, %.3f bits each, largest weight error %.3f",
-        spec.id, 100 * coverage.share, coverage.total_params, coverage.bits_per_param, coverage.max_weight_error,
+        "teacher %s: %.1f %% of %d parameters %s, %.3f bits each, largest weight error %.3f",
+        spec.id, 100 * coverage.share, coverage.total_params, coverage.method, coverage.bits_per_param, coverage.max_weight_error,
     )  # fmt: skip
     return LoadedTower(
         model, tokenizer, processor, spec.role, coverage, fingerprint, digest, spec,
@@ -207,7 +211,8 @@ def load_component(
 ) -> tuple[PreTrainedModel, CoverageReport, str]:
     """One model of transformers by itself, its coverage, and a hash of weights and configuration; raises as `load_tower`."""
     checkpoint = open_checkpoint(Path(spec.path))
-    skeleton = _skeleton(spec, model_class)
+    skeleton = _skeleton(spec, model_class, checkpoint)
+    quantise = quantise and checkpoint.gptq is None
     loaded = _load_model(spec, checkpoint, skeleton, model_class, device, quantise=quantise)
     digest = fingerprint_of({"weights": loaded.digest, "config": dict(checkpoint.config)})
     return loaded.model, loaded.coverage, digest
@@ -270,7 +275,7 @@ def check_tensors(spec: TeacherSpec) -> int:
         TowerLoadError: a tensor that is missing, has no place or has another shape; also as `load_tower`.
     """
     checkpoint = open_checkpoint(Path(spec.path))
-    skeleton = _skeleton(spec, _model_class(spec, checkpoint))
+    skeleton = _skeleton(spec, _model_class(spec, checkpoint), checkpoint)
     _keys_by_parameter(spec, skeleton, checkpoint)
     names = skeleton.state_dict().keys()
     given = {name for targets, _ in _places(skeleton, checkpoint).values() for name in targets}
@@ -284,7 +289,8 @@ def check_tensors(spec: TeacherSpec) -> int:
     )
     skeleton._adjust_missing_and_unexpected_keys(info)
     _refuse_incomplete(spec, info.to_dict())
-    return int(skeleton.num_parameters())
+    packed = sum(m.in_features * m.out_features for m in skeleton.modules() if isinstance(m, GptqLinear))
+    return int(skeleton.num_parameters()) + packed
 
 
 def block_names(model: PreTrainedModel, role: Role) -> tuple[str, ...]:
@@ -445,6 +451,8 @@ def _load_model(
         plan = plan_quantisation(
             skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage
         )
+    elif checkpoint.gptq is not None:
+        require_quantised(skeleton, teacher_id=spec.id, skip_modules=spec.skip_modules, min_coverage=spec.min_coverage)
     is_small = skeleton.num_parameters() < spec.cache_min_parameters
     is_kept = quantise and spec.cache_dir is not None and not is_small
     blocks = block_names(skeleton, spec.role) if is_kept or spec.streamed else ()
@@ -559,7 +567,7 @@ def _refuse_unstreamable(spec: TeacherSpec, blocks: tuple[str, ...], *, quantise
     if spec.role not in ("causal_lm", "encoder"):
         found = f"role {spec.role}"
     elif not quantise:
-        found = "floating point"
+        found = "floating point, or weights that their authors quantised,"
     elif not blocks:
         found = "no transformer blocks"
     elif spec.cache_dir is None:
@@ -592,7 +600,11 @@ def _read_checkpoint(
     """
     keys = _keys_by_parameter(spec, skeleton, checkpoint)
     converted = spilled or any(f"{name}.weight" not in keys for name in plan.matrices)
-    quantised = plan is not NOTHING_QUANTISED
+    quantisation: Any = None
+    if plan is not NOTHING_QUANTISED:
+        quantisation = quantisation_config(plan, dtype, own_quantiser=converted)
+    elif checkpoint.gptq is not None:
+        quantisation = GptqConfig([m.packed for m in skeleton.modules() if isinstance(m, GptqLinear)])
     # The code of an allow-listed checkpoint is found through its folder.
     source: dict[str, Any] = (
         {"use_safetensors": True, "local_files_only": True, "trust_remote_code": True}
@@ -602,7 +614,7 @@ def _read_checkpoint(
     try:
         model, info = model_class.from_pretrained(
             spec.path if spec.remote_code else None,
-            quantization_config=quantisation_config(plan, dtype, own_quantiser=converted) if quantised else None,
+            quantization_config=quantisation,
             dtype=dtype,
             device_map={"": device},
             output_loading_info=True,
@@ -614,6 +626,7 @@ def _read_checkpoint(
             "belongs to that class."
         ) from error
     _refuse_incomplete(spec, info)
+    refuse_damaged(model, teacher_id=spec.id)
     _finish(spec, model)
     original = _original({} if spilled else keys)
     return model, measure_coverage(model, plan, original, teacher_id=spec.id), converted
@@ -635,11 +648,16 @@ def _finish(spec: TeacherSpec, model: PreTrainedModel) -> None:
 
 
 def _config(spec: TeacherSpec, model_class: Any) -> Any:
-    return model_class.config_class.from_pretrained(spec.path, local_files_only=True)
+    config = model_class.config_class.from_pretrained(spec.path, local_files_only=True)
+    for part in (config, config.get_text_config(decoder=True)):
+        # transformers would look for its own reader of what gptq.py reads.
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
-def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
-    """The model without weights, to plan on."""
+def _skeleton(spec: TeacherSpec, model_class: Any, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without weights, to plan on; matrices that its authors quantised already are in their places."""
     try:
         if spec.remote_code:
             config = transformers.AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=True)
@@ -654,6 +672,14 @@ def _skeleton(spec: TeacherSpec, model_class: Any) -> PreTrainedModel:
             f"Expected config.json in {spec.path} to describe a {model_class.__name__}, found: {_one_line(error)}. Fetch it again."
         ) from error
     assert isinstance(skeleton, PreTrainedModel)
+    if checkpoint.gptq is not None:
+        place_of = _placing(skeleton)
+
+        def parameter(key: str) -> str | None:
+            (name, *_), is_converted = place_of(key)
+            return None if is_converted else name
+
+        place_packed(skeleton, packed_matrices(skeleton, checkpoint, parameter, teacher_id=spec.id))
     return skeleton
 
 
@@ -688,19 +714,26 @@ def _keys_by_parameter(
 
 def _places(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, tuple[list[str], bool]]:
     """Key of each stored tensor -> the parameters that it becomes (a part of), and whether it is changed on the way."""
+    place_of = _placing(skeleton)
+    return {key: place_of(key) for key in checkpoint.weights}
+
+
+def _placing(skeleton: PreTrainedModel) -> Callable[[str], tuple[list[str], bool]]:
+    """As `_places`, for one key."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     names = skeleton.state_dict()
-    places = {}
-    for key in checkpoint.weights:
+
+    def place_of(key: str) -> tuple[list[str], bool]:
         name, pattern = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, names)
         targets = [name]
         if pattern is not None:
             first, *more = next(each for each in converters if pattern in each.source_patterns).target_patterns
             targets += [name.replace(first, other) for other in more]
-        places[key] = (targets, pattern is not None)
-    return places
+        return targets, pattern is not None
+
+    return place_of
 
 
 def _original(keys: dict[str, tuple[Path, str]]) -> Callable[[str], Tensor | None]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from nexus.errors import TowerLoadError
 from nexus.towers.experts import STACKS
+from nexus.towers.gptq import GptqLinear
 from nexus.towers.nf4 import QuantisationPlan
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -70,6 +71,11 @@ def needed_bytes(
             held += stored
         else:
             blocks[block] += stored
+    for module in skeleton.modules():
+        if isinstance(module, GptqLinear):
+            held += module.stored_bits() / 8
+            # Dequantised in float32 and once more in the compute type, whenever it is used.
+            largest = max(largest, module.in_features * module.out_features * (4 + dtype.itemsize))
     return int(held + 2 * max(blocks.values(), default=0.0) + largest)
 
 

@@ -33,6 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from nexus.errors import TowerLoadError
 from nexus.towers.experts import STACKS, NF4Config, NF4Experts, is_fused_experts, relative_error, why_not_packed
 from nexus.towers.filling import BLOCK, MAX_WEIGHT_ERROR, dequantised, stored_bits
+from nexus.towers.gptq import GptqLinear
 
 VERIFIED_PARAMETERS = 2 * 10**9
 """Above this many quantised parameters, an evenly spaced choice of matrices is compared with the originals, and at least one of
@@ -70,6 +71,13 @@ class CoverageReport:
     stored_bytes: int
     """What the parameters take, quantised or not."""
     modules: tuple[ModuleCoverage, ...]
+    already: str | None = None
+    """What its authors had quantised it with; its matrices are left as they are, and all that is said of NF4 is said of that."""
+
+    @property
+    def method(self) -> str:
+        """How the parameters are stored that `share` counts."""
+        return "in NF4" if self.already is None else f"already quantised ({self.already})"
 
     @property
     def left_float(self) -> dict[str, str]:
@@ -147,14 +155,27 @@ def plan_quantisation(
                 f"Expected the rows of every quantised matrix to be a multiple of {BLOCK} long, found {columns} in {name!r} of "
                 f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
             )
-    if quantised < min_coverage * total:
-        left = _largest_left(skeleton, {*matrices, *reached})
-        raise TowerLoadError(
-            f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found "
-            f"{quantised / total:.1%} ({quantised:,} of {total:,}); left in floating point: {left}. Lower its min_coverage if they "
-            "may stay so."
-        )
+    _require_share(quantised, total, min_coverage, _largest_left(skeleton, {*matrices, *reached}), teacher_id)
     return QuantisationPlan(tuple(keep), matrices, reached)
+
+
+def require_quantised(
+    skeleton: nn.Module, *, teacher_id: str, skip_modules: Sequence[str], min_coverage: float
+) -> None:
+    """Hold a checkpoint that its authors quantised against the policy of its teacher.
+
+    Raises:
+        TowerLoadError: modules to skip, which nothing would, or a share below `min_coverage`.
+    """
+    if skip_modules:
+        raise TowerLoadError(
+            f"Expected no skip_modules for teacher {teacher_id!r}, whose authors quantised it already, found "
+            f"{', '.join(skip_modules)}. Remove them."
+        )
+    packed = {name: module for name, module in skeleton.named_modules() if isinstance(module, GptqLinear)}
+    quantised = sum(module.in_features * module.out_features for module in packed.values())
+    total = quantised + sum(parameter.numel() for parameter in skeleton.parameters())
+    _require_share(quantised, total, min_coverage, _largest_left(skeleton, set(packed)), teacher_id)
 
 
 def quantisation_config(
@@ -229,12 +250,17 @@ def measure_coverage(
     )
     modules: list[ModuleCoverage] = []
     seen: set[int] = set()
+    already = None
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if name in plan.experts:
             modules.extend(_measure_experts(name, module, teacher_id))
             continue
+        if isinstance(module, GptqLinear):
+            size = module.in_features * module.out_features
+            modules.append(ModuleCoverage(name, size, True, module.stored_bits(), None, None))
+            already = str(module.packed.format)
         if name in planned:
             state = states[name]
             if state is None:
@@ -250,7 +276,8 @@ def measure_coverage(
         if own:
             size = sum(p.numel() for p in own)
             bits = sum(p.numel() * p.element_size() * 8 for p in own)
-            label = f"{name} (bias)" if name in planned else name
+            is_packed = name in planned or isinstance(module, GptqLinear)
+            label = f"{name} (bias)" if is_packed else name
             modules.append(ModuleCoverage(label, size, False, bits, None, _reason(name, module, plan)))
     total = sum(module.parameters for module in modules)
     matrices = [module for module in modules if module.quantised]
@@ -264,6 +291,7 @@ def measure_coverage(
         quantisable_share=(quantised + _quantisable_left(model, {module.name for module in matrices})) / total,
         stored_bytes=sum(module.stored_bits for module in modules) // 8,
         modules=tuple(modules),
+        already=already,
     )
 
 
@@ -324,6 +352,15 @@ def _quantisable_left(model: nn.Module, quantised: set[str]) -> int:
     return sum(left.values())
 
 
+def _require_share(quantised: int, total: int, min_coverage: float, left: str, teacher_id: str) -> None:
+    if quantised < min_coverage * total:
+        raise TowerLoadError(
+            f"Expected NF4 for at least {min_coverage:.0%} of the parameters of teacher {teacher_id!r}, found "
+            f"{quantised / total:.1%} ({quantised:,} of {total:,}); left in floating point: {left}. Lower its min_coverage if they "
+            "may stay so."
+        )
+
+
 def _refuse_far(error: float, name: str, teacher_id: str) -> None:
     if not error < MAX_WEIGHT_ERROR:
         raise TowerLoadError(
@@ -367,7 +404,7 @@ def _weight_error(name: str, module: Any, original: Callable[[str], Tensor | Non
 
 
 def _reason(name: str, module: nn.Module, plan: QuantisationPlan) -> str:
-    if name in plan.matrices:
+    if name in plan.matrices or isinstance(module, GptqLinear):
         return "bias"
     if not isinstance(module, nn.Linear | Conv1D):
         return f"{type(module).__name__} is not linear"

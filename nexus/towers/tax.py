@@ -29,7 +29,7 @@ class TaxMeasurement:
     float_answers: tuple[str, ...]
     nf4_answers: tuple[str, ...]
     kl_N: np.ndarray
-    """float64 [N]; KL(original || NF4) in nats."""
+    """float64 [N]; KL(original || NF4) in nats. Empty for a teacher without an original (`TeacherEngine.tax`)."""
     same_top1_N: np.ndarray
     """bool [N]; both copies have the same most probable class."""
 

@@ -8,13 +8,14 @@ All sizes are multiples of 64, the block of NF4, and as small as the class allow
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -23,11 +24,15 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
+from nexus.towers.registry import BASE
+
 RATE = 16_000
 """Hertz of the recordings that tiny speech models hear."""
 IMAGE_SIZE = 32
 """Pixels of the images that tiny vision models see."""
 VOCABULARY = 512
+GPTQ_GROUP = 64
+"""Features that share a scale in a tiny GPTQ checkpoint; published ones have 128."""
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
 _TEXT = {
@@ -50,10 +55,6 @@ _SEEING = {
     "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 8, "out_hidden_size": 64,
 }  # fmt: skip
 _MEDIA_IDS = {"audio_token_id": 500, "image_token_id": 501, "video_token_id": 502}
-
-
-BASE = "base"
-"""Folder, inside that of a tiny sae, of the model that it reads."""
 
 
 def has_tiny(teacher_id: str) -> bool:
@@ -160,6 +161,35 @@ def _omni2(folder: Path) -> None:
         vision_start_token_id=503, vision_end_token_id=504, audio_end_token_id=505,
     )  # fmt: skip
     _save(folder, model, tiny_tokenizer())
+    # As published: the thinker is one part of several, and the matrices of its language model are in GPTQ.
+    config = json.loads((folder / "config.json").read_text())
+    packing = {"quant_method": "gptq", "bits": 4, "group_size": GPTQ_GROUP, "sym": True, "checkpoint_format": "gptq"}
+    whole = {
+        "architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "thinker_config": config,
+        "quantization_config": packing,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(whole))
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in [name for name in tensors if re.fullmatch(r"thinker\.model\.layers\..*_proj\.weight", name)]:
+        packed = as_gptq(tensors.pop(name))
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in packed.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def as_gptq(weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A matrix rounded to the nearest of 16 codes around zero, in the tensors of a GPTQ checkpoint of version 1."""
+    groups_OGI = weight_OI.float().unflatten(1, (-1, GPTQ_GROUP))
+    scales_OG = groups_OGI.abs().amax(-1).clamp(min=1e-6) / 7
+    codes_OI = (groups_OGI / scales_OG[..., None]).round().add(8).clamp(0, 15).to(torch.int64).flatten(1)
+    zeros_GO = torch.full_like(scales_OG.T, 8 - 1, dtype=torch.int64)
+    shifts = torch.arange(0, 32, 4)
+    return {
+        # Eight codes fill a number; the highest may set its sign.
+        "qweight": (codes_OI.T.unflatten(0, (-1, 8)) << shifts[:, None]).sum(1).to(torch.int32),
+        "qzeros": (zeros_GO.unflatten(1, (-1, 8)) << shifts).sum(2).to(torch.int32),
+        "scales": scales_OG.T.contiguous().half(),
+        "g_idx": (torch.arange(weight_OI.shape[1]) // GPTQ_GROUP).to(torch.int32),
+    }
 
 
 def _omni3(folder: Path) -> None:

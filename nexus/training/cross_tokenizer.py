@@ -24,13 +24,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.towers.targets import TokenTargets
-from nexus.training.divergence import check_temperature, compute_dtype, per_token
+from nexus.training.divergence import check_temperature, compute_dtype, logsumexp_or_absent, per_token
 
 MAX_SPAN_TOKENS = 8
 """Tokens of either model above which a span's probability says too little: a product of so many is 0 for all but copied text."""
@@ -49,7 +50,7 @@ class SpanAlignment:
 
 @dataclass(frozen=True)
 class CommonIds:
-    """Ids of tokens that both vocabularies spell alike, in the order of the teacher's."""
+    """Ids of tokens that mean the same to both, in the order of the teacher's."""
 
     teacher_ids_C: Tensor
     student_ids_C: Tensor
@@ -90,13 +91,17 @@ def align_spans(student_ends_N: NDArray[np.int64], teacher_ends_M: NDArray[np.in
 
 
 def common_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> CommonIds:
-    """Ids that both vocabularies spell alike, a leading space included however each writes it; special tokens are left out."""
+    """Ids that both vocabularies spell alike, a leading space included however each writes it, and the ends of sequence.
+
+    Other special tokens are left out: what they mean is not in their spelling.
+    """
     student_vocabulary = _spelled(student)
-    pairs = sorted(
+    pairs = [
         (teacher_id, student_vocabulary[text])
         for text, teacher_id in _spelled(teacher).items()
         if text in student_vocabulary
-    )
+    ]
+    pairs = sorted([*pairs, (teacher.eos_token_id, student.eos_token_id)])
     ids_C2 = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return CommonIds(ids_C2[:, 0].contiguous(), ids_C2[:, 1].contiguous())
 
@@ -223,8 +228,6 @@ def cross_tokenizer_loss(
     log_p_MK, tail_p_M = teacher_logprobs_MK.detach().double(), teacher_tail_logprob_M.detach().double()
     own_M = teacher_ids_MK == teacher_token_ids_M[:, None]
     own_known_M = own_M.any(dim=-1)
-    # An own token that was not kept is not read: 0 here, and its span is unaligned.
-    own_logprob_M = log_p_MK.masked_fill(~own_M, 0.0).sum(dim=-1)
 
     student_offsets, teacher_offsets = (
         torch.from_numpy(offsets).to(student_logits_NV.device)
@@ -236,13 +239,18 @@ def cross_tokenizer_loss(
     merged_S = ~single_S & known_S & (torch.maximum(student_counts_S, teacher_counts_S) <= max_span_tokens)
     unaligned_S = ~single_S & ~merged_S
 
-    own_q_N = log_q_NV.gather(-1, student_ids_N[:, None])[:, 0]
-    merged_q_S = _span_sums(own_q_N, student_counts_S)[merged_S]
-    merged_p_S = _span_sums(own_logprob_M, teacher_counts_S)[merged_S]
+    merged_N, merged_M = (
+        torch.repeat_interleave(merged_S, counts_S) for counts_S in (student_counts_S, teacher_counts_S)
+    )
+    own_NV = torch.zeros_like(log_q_NV[merged_N], dtype=torch.bool).scatter(-1, student_ids_N[merged_N, None], True)
+    merged_q_S2 = _span_or_other(log_q_NV[merged_N], own_NV, student_counts_S[merged_S])
+    with_tail_MJ = torch.cat([log_p_MK, tail_p_M[:, None]], dim=-1)[merged_M]
+    own_MJ = F.pad(own_M, (0, 1))[merged_M]
+    merged_p_S2 = torch.log_softmax(_span_or_other(with_tail_MJ, own_MJ, teacher_counts_S[merged_S]), dim=-1)
     singles_N, singles_M = student_offsets[:-1][single_S], teacher_offsets[:-1][single_S]
     values = [
         _token_kl(log_q_NV[singles_N], teacher_ids_MK[singles_M], log_p_MK[singles_M], tail_p_M[singles_M], common),
-        _two_bin_kl(merged_q_S, merged_p_S.to(dtype)),
+        _bins_kl(merged_q_S2, merged_p_S2.to(dtype)),
     ]
     pairs = [
         (student + step, teacher + step)
@@ -278,21 +286,34 @@ def _token_kl(log_q_SV: Tensor, ids_SK: Tensor, log_p_SK: Tensor, tail_p_S: Tens
     taken_SV = torch.zeros_like(log_q_SV, dtype=torch.bool)
     rows_S1 = torch.arange(len(ids_SK), device=ids_SK.device)[:, None].expand_as(ids_SK)
     taken_SV[rows_S1[shared_SK], student_ids_SK[shared_SK]] = True
-    # A student whose whole vocabulary is kept has no rest; its floor is the smallest number, whose gradient is 0.
-    floor = math.log(torch.finfo(log_q_SV.dtype).tiny)
-    rest_q_S = log_q_SV.masked_fill(taken_SV, floor).logsumexp(dim=-1)
-    log_q_SJ = torch.cat([bins_q_SK, rest_q_S[:, None]], dim=-1)
+    rest_q_S = logsumexp_or_absent(log_q_SV.masked_fill(taken_SV, -math.inf))
+    return _bins_kl(torch.cat([bins_q_SK, rest_q_S[:, None]], dim=-1), log_p_SJ)
+
+
+def _span_or_other(log_probs_RJ: Tensor, own_RJ: Tensor, counts_S: Tensor) -> Tensor:
+    """log of a span's probability and of that of any other continuation [S, 2], from its tokens' bins in order.
+
+    The other one is the sum of parting from the span at its first token, at its second, and so on: 1 - (the span's) would lose
+    what a confident model leaves to others, and the gradient with it.
+    """
+    own_R = log_probs_RJ.masked_fill(~own_RJ, 0.0).sum(dim=-1)
+    parting_R = logsumexp_or_absent(log_probs_RJ.masked_fill(own_RJ, -math.inf))
+    inside_SW = torch.arange(int(counts_S.max()) if len(counts_S) else 1) < counts_S[:, None]
+    own_SW = own_R.new_zeros(inside_SW.shape).masked_scatter(inside_SW, own_R)
+    parting_SW = own_R.new_full(inside_SW.shape, -math.inf).masked_scatter(inside_SW, parting_R)
+    span_S = own_SW.sum(dim=-1)
+    reached_SW = F.pad(own_SW.cumsum(dim=-1)[:, :-1], (1, 0))
+    return torch.stack([span_S, logsumexp_or_absent(reached_SW + parting_SW)], dim=-1)
+
+
+def _bins_kl(log_q_SJ: Tensor, log_p_SJ: Tensor) -> Tensor:
+    """KL(p || q) over bins, the last of them everything else [S]; a bin that is empty for the teacher counts nothing."""
+    # A student without anything else, its vocabulary being kept whole, counts as one with the smallest number, without a gradient.
+    floor = math.log(torch.finfo(log_q_SJ.dtype).tiny)
+    rest_q_S1 = log_q_SJ[:, -1:]
+    log_q_SJ = torch.cat([log_q_SJ[:, :-1], rest_q_S1.masked_fill(torch.isneginf(rest_q_S1.detach()), floor)], dim=-1)
     absent_SJ = torch.isneginf(log_p_SJ)
     return (log_p_SJ.exp() * (log_p_SJ.masked_fill(absent_SJ, 0.0) - log_q_SJ.masked_fill(absent_SJ, 0.0))).sum(dim=-1)
-
-
-def _two_bin_kl(log_q_S: Tensor, log_p_S: Tensor) -> Tensor:
-    """KL between "this span" and "anything else" [S]."""
-    # A probability that rounds to 1 leaves no room for anything else.
-    largest = -torch.finfo(log_q_S.dtype).eps
-    log_q_S, log_p_S = log_q_S.clamp_max(largest), log_p_S.clamp_max(largest)
-    other_q_S, other_p_S = (torch.log(-torch.expm1(value_S)) for value_S in (log_q_S, log_p_S))
-    return log_p_S.exp() * (log_p_S - log_q_S) + other_p_S.exp() * (other_p_S - other_q_S)
 
 
 def _sorted_distance(log_q_RV: Tensor, log_p_RK: Tensor, tail_p_R: Tensor) -> Tensor:

@@ -399,7 +399,7 @@ def topk_tail_mixture_kl(
     kept_q_MK = log_q_MV.gather(-1, first_ids_MK)
     unkept_MK = mixed_MK.isnan()
     # Ids that are not common keep their place outside, and leave an empty bin of probability 0 on both sides.
-    tail_q_M = _logsumexp_or_absent(log_q_MV.scatter(-1, first_ids_MK, kept_q_MK.masked_fill(~unkept_MK, -math.inf)))
+    tail_q_M = logsumexp_or_absent(log_q_MV.scatter(-1, first_ids_MK, kept_q_MK.masked_fill(~unkept_MK, -math.inf)))
     log_p_MJ = _with_tail(mixed_MK.masked_fill(unkept_MK, -math.inf), None, tail_q_M, logprobs_NBTK.dtype)
     log_q_MJ = torch.cat([kept_q_MK.masked_fill(unkept_MK, -math.inf), tail_q_M[:, None]], dim=-1)
     return per_token(_kl(log_p_MJ.to(dtype), log_q_MJ), num_loss_tokens)
@@ -551,7 +551,7 @@ def _topk_bins(
     if ids_MK.shape[-1] == vocabulary_size:
         return kept_q_MK, torch.log_softmax(kept_p_MK, dim=-1).to(dtype)
     # Summed over the other ids: 1 - (kept mass) would lose a confident student's tail.
-    tail_q_M = _logsumexp_or_absent(log_q_MV.scatter(-1, ids_MK, -math.inf))
+    tail_q_M = logsumexp_or_absent(log_q_MV.scatter(-1, ids_MK, -math.inf))
     tail_p_M = None if tail_logprob_BT is None else tail_logprob_BT.detach()[mask_BT].double()
     least = torch.finfo(logprobs_BTK.dtype).eps if under_student else 0.0
     log_p_MJ = _with_tail(kept_p_MK, tail_p_M, tail_q_M, logprobs_BTK.dtype, least=least)
@@ -584,7 +584,7 @@ def _with_tail(
     return torch.log_softmax(torch.cat([kept_p_MK, tail_p_M[:, None]], dim=-1), dim=-1)
 
 
-def _logsumexp_or_absent(outside_MV: Tensor) -> Tensor:
+def logsumexp_or_absent(outside_MV: Tensor) -> Tensor:
     """logsumexp [M], and -inf without a gradient for a row of -inf, where that of logsumexp is nan."""
     empty_M = torch.isneginf(outside_MV.detach()).all(dim=-1)
     return outside_MV.masked_fill(empty_M[:, None], 0.0).logsumexp(dim=-1).masked_fill(empty_M, -math.inf)

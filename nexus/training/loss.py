@@ -189,7 +189,7 @@ class GradientSurgeryLoss:
         ratios = [values[name] / self._baselines[name] for name in present]
         # float64 throughout: the squares of float32 ratios overflow at 1e19, which a spike can reach.
         ratios_N = torch.stack([losses[name].reshape(()).double() / self._baselines[name] for name in present])
-        loss, coefficients = _penalised_mean(ratios_N, ratios, weights, self.mode, penalty)
+        loss, coefficients = _penalised_mean(ratios_N, weights, self.mode, penalty)
         return SurgeryLoss(
             loss.to(dtype),
             dict(zip(present, coefficients, strict=True)),
@@ -240,15 +240,18 @@ class GradientSurgeryLoss:
 
 
 def _penalised_mean(
-    ratios_N: Tensor, ratios: Sequence[float], weights: Sequence[float], mode: Mode, penalty: float
+    ratios_N: Tensor, weights: Sequence[float], mode: Mode, penalty: float
 ) -> tuple[Tensor, list[float]]:
     """J attached to the graph, and c_t, for weights that sum to 1 (the module's formulas)."""
     weights_N = ratios_N.new_tensor(weights)
     mu = (weights_N * ratios_N).sum()
-    variance = (weights_N * (ratios_N - mu).square()).sum()
-    mu_value = float(mu.detach())
+    # Centred twice: the rounding of mu, over a deviation that is as small, would be seen in sum_t c_t = 1.
+    centred_N = ratios_N - mu
+    centred_N = centred_N - (weights_N * centred_N).sum()
+    variance = (weights_N * centred_N.square()).sum()
+    centred = centred_N.detach().tolist()
     if mode == "variance":
-        spread = mu_value - min(ratios)
+        spread = -min(centred)
         lam = min(penalty, GUARD_MARGIN / (2.0 * spread)) if spread > 0.0 else penalty
         loss = mu + lam * variance
         slope = 2.0 * lam
@@ -258,4 +261,4 @@ def _penalised_mean(
         deviation = (variance + STD_EPSILON**2).sqrt()
         loss = mu + lam * deviation
         slope = lam / float(deviation.detach())
-    return loss, [weight * (1.0 + slope * (ratio - mu_value)) for weight, ratio in zip(weights, ratios, strict=True)]
+    return loss, [weight * (1.0 + slope * value) for weight, value in zip(weights, centred, strict=True)]

@@ -96,7 +96,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "method"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "fp8", "bits": 8}}, "fp8"),
         ({"thinker_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
         ({"quantization_config": {"bits": 4}}, "an unnamed method"),
         ({"quantization_config": "fp8"}, "fp8"),

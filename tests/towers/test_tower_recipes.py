@@ -5,7 +5,6 @@ Same class, same policy, same path as the real checkpoint: `models/<id>`, `Tower
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,20 +59,6 @@ def test_language_models_of_the_registry_score_and_answer_a_row_alike_alone_and_
     np.testing.assert_allclose(alone.tokens.logprobs_NK, targets.tokens.logprobs_NK[3:], atol=1e-4)
     answers = engine.generate(("a", "a longer prompt"), max_new_tokens=4)
     assert engine.generate(("a longer prompt",), max_new_tokens=4) == answers[1:]
-
-
-def test_an_omni_checkpoint_in_gptq_is_refused_and_not_filled_with_random_weights(tmp_path: Path) -> None:
-    folder = tmp_path / "qwen2.5-omni-7b"
-    write_tiny("qwen2.5-omni-7b", folder)
-    config = json.loads((folder / "config.json").read_text())
-    whole = {
-        "model_type": "qwen2_5_omni",
-        "thinker_config": config,
-        "quantization_config": {"quant_method": "gptq", "bits": 4},
-    }
-    (folder / "config.json").write_text(json.dumps(whole))
-    with pytest.raises(TowerLoadError, match="already quantised by gptq"):
-        TowerLoader(load_registry(), models_dir=tmp_path).load("qwen2.5-omni-7b")
 
 
 def test_siglip_is_loaded_from_a_checkpoint_with_a_text_tower(

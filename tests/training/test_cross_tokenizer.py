@@ -136,14 +136,17 @@ def test_spans_of_real_tokenizers_hold_the_same_text() -> None:
     assert len(student_ids) > len(pieces[0]) > 15
 
 
-def test_common_ids_are_those_of_equal_spelling() -> None:
+def test_common_ids_are_those_of_equal_spelling_and_the_ends_of_sequence() -> None:
     student, teacher = trained(40), trained(70, prefix="<new>")
+    teacher.add_special_tokens({"eos_token": "<new>"})
     common = common_ids(student, teacher)
     assert len(common.teacher_ids_C) > 25
     assert bool((common.teacher_ids_C.diff() > 0).all())
-    for teacher_id, student_id in zip(common.teacher_ids_C.tolist(), common.student_ids_C.tolist(), strict=True):
+    pairs = dict(zip(common.teacher_ids_C.tolist(), common.student_ids_C.tolist(), strict=True))
+    assert pairs.pop(teacher.eos_token_id) == student.eos_token_id
+    for teacher_id, student_id in pairs.items():
         assert teacher.convert_ids_to_tokens(teacher_id) == student.convert_ids_to_tokens(student_id)
-    assert student.eos_token_id not in common.student_ids_C.tolist()
+    assert not {*teacher.all_special_ids} & {*pairs}
     # The first special token shifted every id: equal ids are no equal tokens.
     assert not torch.equal(common.teacher_ids_C, common.student_ids_C)
 
@@ -374,3 +377,87 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizers):
 def test_a_tokenizer_that_does_not_tell_where_its_tokens_end_is_refused(tokenizers):
     with pytest.raises(ConfigError, match="found the slow one of bytes"):
         TextAligner(tokenizers[0], ByT5Tokenizer(), name="bytes")
+
+
+NO_COMMON = CommonIds(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
+
+
+@pytest.mark.parametrize("margin", [10.0, 17.0, 40.0, 300.0])
+def test_a_student_certain_of_the_wrong_span_has_its_full_gradient(margin: float) -> None:
+    # Two tokens of the student against one of the teacher, which gives the span 0.3; the student all but 98 exp(-margin).
+    logits_NV = torch.zeros(2, 50)
+    logits_NV[0, 3] = logits_NV[1, 4] = margin
+    logits_NV.requires_grad_()
+    found = cross_tokenizer_loss(
+        logits_NV,
+        torch.tensor([3, 4]),
+        torch.tensor([7]),
+        torch.tensor([[7, 8]]),
+        torch.tensor([[0.3, 0.6]]).log(),
+        torch.tensor([0.1]).log(),
+        alignment=SpanAlignment(np.array([0, 2]), np.array([0, 1])),
+        common=NO_COMMON,
+        num_loss_tokens=1,
+        temperature=1.0,
+    )
+    found.loss.backward()
+    # q = (1 + 49 e)^-2 with e = exp(-margin), so that log(1 - q) = log(98 e + 2401 e^2) - 2 log(1 + 49 e), by hand.
+    e = math.exp(-margin)
+    inside, outside = -2 * math.log1p(49 * e), math.log(98) - margin + math.log1p(24.5 * e) - 2 * math.log1p(49 * e)
+    expected = 0.3 * (math.log(0.3) - inside) + 0.7 * (math.log(0.7) - outside)
+    assert float(found.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    # d/dmargin of both tokens' logits: each gives half of 0.7 back to everything else.
+    assert logits_NV.grad is not None
+    assert logits_NV.grad[[0, 1], [3, 4]].tolist() == pytest.approx([0.35, 0.35], abs=2e-3)
+
+
+def test_what_a_certain_student_leaves_to_other_ids_is_no_floor() -> None:
+    logits_NV = torch.zeros(1, 50)
+    logits_NV[0, 3] = 200.0
+    logits_NV.requires_grad_()
+    ids_MK, log_p_MK, tail_M = torch.tensor([[3, 8]]), torch.tensor([[0.3, 0.1]]).log(), torch.tensor([0.6]).log()
+    found = cross_tokenizer_loss(
+        logits_NV,
+        torch.tensor([3]),
+        torch.tensor([3]),
+        ids_MK,
+        log_p_MK,
+        tail_M,
+        alignment=SpanAlignment(np.array([0, 1]), np.array([0, 1])),
+        common=CommonIds(torch.arange(50), torch.arange(50)),
+        num_loss_tokens=1,
+        temperature=1.0,
+    )
+    same = topk_tail_kl(
+        logits_NV[None],
+        ids_MK[None],
+        log_p_MK[None],
+        torch.ones(1, 1),
+        num_loss_tokens=1,
+        temperature=1.0,
+        tail_logprob_BT=tail_M[None],
+    )
+    torch.testing.assert_close(found.loss, same)
+    (gradient_NV,) = torch.autograd.grad(found.loss, logits_NV)
+    assert float(gradient_NV[0, 3]) == pytest.approx(0.7, rel=1e-5)
+
+
+def test_a_teacher_certain_of_the_end_teaches_the_end() -> None:
+    student, teacher = trained(40), trained(70, prefix="<new>")
+    teacher.add_special_tokens({"eos_token": "<new>"})
+    logits_NV = torch.zeros(1, len(student), requires_grad=True)
+    found = cross_tokenizer_loss(
+        logits_NV,
+        torch.tensor([student.eos_token_id]),
+        torch.tensor([teacher.eos_token_id]),
+        torch.tensor([[teacher.eos_token_id]]),
+        torch.tensor([[0.99]]).log(),
+        torch.tensor([0.01]).log(),
+        alignment=SpanAlignment(np.array([0, 1]), np.array([0, 1])),
+        common=common_ids(student, teacher),
+        num_loss_tokens=1,
+        temperature=1.0,
+    )
+    (gradient_NV,) = torch.autograd.grad(found.loss, logits_NV)
+    assert int(gradient_NV.argmin()) == student.eos_token_id
+    assert float(gradient_NV.min()) < -0.9

@@ -315,7 +315,7 @@ def test_micro_batches_add_up_to_the_full_batch(divergence: Dense, mask: Tensor)
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
-@every_dense
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_upcast_before_the_softmax(
     divergence: Dense, dtype: torch.dtype, mask: Tensor

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nexus.training import surgery
-from nexus.training.surgery import combine, nonnegative_minimiser, plan_surgery, weighted_sum
+from nexus.training.surgery import (
+    combine,
+    nonnegative_minimiser,
+    plan_scaled_surgery,
+    plan_surgery,
+    weighted_sum,
+)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -328,6 +338,30 @@ def test_duplicates_opposites_zeros_and_any_scale_together_conflict_with_nobody(
         alive = gradients.norm(dim=1) > 0.0
         assert worst_conflict(gradients[alive], coefficients[alive], combined) >= -1e-8
         assert bool(torch.isfinite(combine(gradients, coefficients, method="pcgrad")).all())
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *found])
+        return result
+
+
+@pytest.mark.parametrize("method", ["upgrad", "pcgrad"])
+def test_the_gradients_of_all_teachers_are_never_copied(
+    method: surgery.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surgery, "COLUMNS_PER_CHUNK", 10)
+    rows, coefficients = conflicting(55, 4).unbind(), simplex(55, 4).numpy()
+    with Largest() as largest:
+        plan = plan_scaled_surgery(rows, [1.0, 2.0, 3.0, 4.0], method=method)
+        weighted_sum(rows, plan.factors(coefficients))
+    assert largest.elements == 60  # the combined gradient
 
 
 def test_the_inputs_are_left_as_they_are_and_need_no_graph() -> None:
