@@ -138,6 +138,7 @@ def test_contradictions_are_refused_in_words(change, words):
         ("distill.steps=70", lambda c: c.distill.steps, 70),
         ("distill.learning_rate=1.0e-4", lambda c: c.distill.learning_rate, 1e-4),
         ("teachers.sample-code.importance=2.5", lambda c: c.teachers[1].importance, 2.5),
+        ("teachers.sample-code.importance=profile", lambda c: c.teachers[1].importance, "profile"),
         ("data.vision.batch_size=3", lambda c: c.data[2].batch_size, 3),
         ("data.0.batch_size=5", lambda c: c.data[0].batch_size, 5),
         ("evaluate.max_rows=9", lambda c: c.evaluate.max_rows, 9),

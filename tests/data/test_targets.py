@@ -45,6 +45,20 @@ def test_a_killed_extraction_continues_after_its_last_whole_file(tmp_path):
         assert pq.read_table(file).equals(pq.read_table(tmp_path / "cut" / file.name))
 
 
+def test_an_extraction_continues_behind_the_rows_that_its_teacher_could_not_take(tmp_path):
+    writer = _writer(tmp_path)
+    # Rows 1, 4 and 5 were rejected; the last two answers are lost with the process.
+    writer.write(_records(0, 3), list("abc"), (0, 2, 3))
+    writer.write(_records(3, 3), list("def"), (6, 7, 8))
+    (tmp_path / ".math-00001.parquet.17.tmp").write_bytes(b"half a file")
+    again = _writer(tmp_path)
+    assert (again.rows, again.rows_read) == (4, 7)
+    assert not list(tmp_path.glob(".*.tmp"))
+    again.write(_records(4, 2), list("ef"))
+    again.finish()
+    assert _writer(tmp_path).rows_read == 9
+
+
 def _write_all(writer: TargetWriter, first: int) -> None:
     writer.write(_records(first, 10 - first), [str(n) for n in range(first, 10)])
     writer.finish()

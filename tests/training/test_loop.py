@@ -474,13 +474,22 @@ def test_excluded_rows_can_leave_an_assignment_without_rows(spec, tokenizer):
     ("text", "spike"), [("50:nan", ("nan", 50)), ("3:x50", ("scale", 3)), ("0:x2.5", ("scale", 0))]
 )
 def test_a_spike_is_read_from_its_text(text, spike):
-    assert (parse_spike(text).kind, parse_spike(text).draw) == spike
+    found = parse_spike(text, steps=51)
+    assert (found.kind, found.step) == spike
 
 
 @pytest.mark.parametrize("text", ["nan", "5", "5:", "5:y50", "-1:nan", "5:x"])
 def test_another_spike_is_refused(text):
     with pytest.raises(ConfigError, match="STEP:nan or STEP:xFACTOR"):
-        parse_spike(text)
+        parse_spike(text, steps=51)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("51:nan", "below distill.steps, 51"), ("5:x1", "above 1"), ("5:x0", "above 1")]
+)
+def test_a_spike_that_would_spoil_nothing_is_refused(text, found):
+    with pytest.raises(ConfigError, match=found):
+        parse_spike(text, steps=51)
 
 
 # Gradient accumulation.
@@ -594,9 +603,9 @@ def test_accumulation_asks_for_the_targets_of_whole_steps_ahead(spec, tokenizer)
 
 
 @pytest.mark.parametrize("taught", [True, False])
-def test_a_spike_in_the_middle_of_an_accumulated_step_skips_all_of_it(spec, tokenizer, taught):
-    """The draw after the first of a step: nothing of the step may stay behind."""
-    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(3, "nan", math.nan), taught=taught)
+def test_a_spike_at_an_accumulated_step_skips_all_its_draws(spec, tokenizer, taught):
+    """Steps are counted, not draws, and nothing of the step may stay behind."""
+    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(1, "nan", math.nan), taught=taught)
     before = {}
     reports = []
 
