@@ -763,13 +763,14 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
 def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
     """A teacher that takes `factor` steps of the student; the student alone is measured first, on targets that are there."""
     task, engine = _task(arguments), _engine(arguments)
-    alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk")
+    # Hidden states: to choose the best ids of every token alone takes the teacher longer than half a step of the student.
+    alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}))
     clock, waits = _advance(alone)
     student = statistics.median(step - wait for step, wait in zip(clock.steps()["seconds"], waits, strict=True))
     with _ray_pool(arguments, [TEACHER], {TEACHER: arguments.factor * student}) as (pool, reports):
         from actors.trainer import PoolSource
 
-        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool), transport="topk")
+        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool))
         clock, waits = _advance(loop)
         pool.submit("seconds", TEACHER, "seconds")
         taken = pool.collect("seconds")
