@@ -316,6 +316,7 @@ class DistillationLoop:
         action = self.recovery.check(losses.total, grad_norm, sample_ids)
         step = self.step
         restored = None
+        was_excluded = self.batches.excluded
         if action != "step":
             self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
@@ -326,6 +327,8 @@ class DistillationLoop:
             for _ in batches:
                 self.batches.advance()
             self._asked -= len(batches)
+            if self.batches.excluded != was_excluded:
+                self._forget()  # what was asked for holds rows that are drawn no more
         return StepReport(
             step=step,
             draw=batches[0].draw,

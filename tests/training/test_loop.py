@@ -266,6 +266,28 @@ def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, changes, t
     _assert_equal(_weights(resumed), _weights(undisturbed))
 
 
+def test_a_run_resumed_after_a_row_was_confirmed_as_poison_is_the_uninterrupted_one(spec, tokenizer):
+    poison = ASSIGNMENTS[Assignment("same", "math")][3].id  # of the rows drawn ahead when the spike strikes
+
+    def poisoned(**changes):
+        loop, _ = _loop(spec, tokenizer, **changes)
+        for hit in "ab":
+            loop.recovery.quarantine.add([poison, hit])
+        return loop
+
+    undisturbed = poisoned(spike=Spike(0, "nan", math.nan))
+    assert poison in undisturbed.batches.peek(1).sample_ids
+    _, reports = _run(undisturbed, stop_after=1)
+    assert reports[0].action == "skip"
+    assert poison not in undisturbed.batches.peek(0).sample_ids
+    resumed = poisoned()
+    resumed.objective.load_state_dict(_copy(undisturbed.objective.state_dict()))
+    resumed.load_state_dict(_copy(undisturbed.state_dict()))
+    expected, found = (_run(loop)[1] for loop in (undisturbed, resumed))
+    assert [(report.rows, report.total) for report in found] == [(report.rows, report.total) for report in expected]
+    _assert_equal(_weights(resumed), _weights(undisturbed))
+
+
 def test_muon_moves_the_inner_matrices_and_adamw_the_embeddings_and_the_maps_to_teachers(spec, tokenizer):
     loop, _ = _loop(spec, tokenizer, optimizer="muon")
     names = {id(parameter): name for name, parameter in loop.objective.named_parameters()}
