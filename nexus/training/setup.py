@@ -70,6 +70,7 @@ def build_loop(
     source: TargetSource | None,
     taught: bool,
     inject_spike: str | None = None,
+    steps_ahead: int | None = None,
     device: str = "cpu",
 ) -> DistillationLoop:
     """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything.
@@ -80,6 +81,7 @@ def build_loop(
         source: where targets come from; needed when taught.
         taught: False trains the same student from the labelled rows alone.
         inject_spike: see `parse_spike`.
+        steps_ahead: whose targets are asked for while the student trains; None takes `distill.window`.
         device: of the student. Its weights are drawn on the CPU, so that they are the same everywhere.
 
     Raises:
@@ -146,7 +148,7 @@ def build_loop(
             gold_weight=distill.gold_weight,
             anchor_start=distill.anchor_start,
             anchor_end=distill.anchor_end,
-            window=distill.window,
+            window=distill.window if steps_ahead is None else steps_ahead,
             snapshot_every=distill.recovery.snapshot_every,
             checkpoint_every=distill.checkpoint_every,
             surgery_method=distill.surgery.method,
