@@ -260,6 +260,15 @@ def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
             {"distill.variance.penalty": 0.0, "distill.variance.mode": "std"},
             "distill.variance.mode has no effect while penalty is 0",
         ),
+        (
+            {f"teachers.{n}.anchor": False for n in range(4)}
+            | {"distill.anchor_start": 1.0, "distill.anchor_end": 0.3, "distill.standardise": "phi_s"},
+            "distill.standardise has no effect while no teacher is anchored",
+        ),
+        (
+            {"distill.optimizer": "paged_adamw8bit", "distill.device": "cpu"},
+            "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit",
+        ),
         ({"distill.surgery.subset": "trunk"}, "subset has no effect while method is none"),
         ({"teachers.0.start_step": 700}, "it would never take part; lower it"),
         (
