@@ -496,6 +496,8 @@ class RunConfig(ConfigSection):
                     f"{self.transport_of(teacher.id)}, whose receiver asks the teacher for its output head; choose one of them"
                 )
         used = {self.transport_of(teacher.id) for teacher in self.teachers}
+        if self.distill.cross_tokenizer == "spans":
+            used.add("topk")
         for name, transport in TRANSPORT_SETTINGS.items():
             is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
             if not is_default and transport not in used:

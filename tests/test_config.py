@@ -215,6 +215,12 @@ def test_a_setting_of_a_transport_that_no_teacher_uses_is_refused(tmp_path, sett
     assert load_config(tmp_path / "c.yaml").fingerprint() == config.fingerprint()
 
 
+def test_spans_read_top_k_whatever_the_other_transports_are():
+    document = _document()
+    document["distill"].update(transport="hidden", cross_tokenizer="spans", top_k=8)
+    assert parse_config(document, source="x").distill.top_k == 8
+
+
 def test_a_transport_of_an_encoder_is_refused():
     document = _document()
     document["teachers"][2]["transport"] = "hidden"

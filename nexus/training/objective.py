@@ -367,6 +367,7 @@ class DistillationObjective(nn.Module):
                 num_loss_tokens=count,
                 temperature=self._temperature,
             )
+        assert isinstance(tokens, TokenTargets), "a teacher of the student's tokenizer is asked for its distributions"
         ids_NK, logprobs_NK = self._array(tokens.ids_NK).long(), self._array(tokens.logprobs_NK)
         tail_N = self._array(tokens.tail_logprob_N)
         if self._divergence == "forward_kl":

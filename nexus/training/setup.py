@@ -189,6 +189,13 @@ def training_fingerprint(config: RunConfig) -> str:
 
 def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
     """Refuse what the configuration alone could not: settings that the loaded teachers leave without effect."""
+    for teacher in teachers:
+        own = next(entry.transport for entry in config.teachers if entry.id == teacher.id)
+        if own is not None and teacher.role == "causal_lm" and not teacher.shares_tokenizer:
+            raise ConfigError(
+                f"transport of teacher {teacher.id!r}: expected none, because its tokenizer is not the student's, found {own}, which "
+                "has no effect: its spans travel as topk, and without spans no distributions do. Remove it."
+            )
     default = type(config.distill).model_fields["response_weight"].default
     other = any(teacher.role == "causal_lm" and not teacher.shares_tokenizer for teacher in teachers)
     if config.distill.cross_tokenizer == "spans" and not other:

@@ -411,6 +411,12 @@ def test_weights_of_another_student_are_refused_by_name(run_dir, teachers, engin
         load_trained(loop.objective, {key: tensor for key, tensor in weights.items() if key != name})
 
 
+def test_a_transport_of_a_teacher_with_another_tokenizer_is_refused(run_dir, teachers, engines):
+    config = _config("teachers.sample-code.transport=full")
+    with pytest.raises(ConfigError, match=r"transport of teacher 'sample-code'.*found full, which has no effect"):
+        _loop(config, run_dir, teachers, engines, taught=False)
+
+
 def test_a_weight_of_answers_that_no_teacher_needs_is_refused(run_dir, teachers, engines):
     shared = tuple(replace(teacher, shares_tokenizer=True) for teacher in teachers)
     with pytest.raises(ConfigError, match="response_weight: expected the default"):
