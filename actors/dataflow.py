@@ -44,15 +44,12 @@ class TeacherWork:
     capability: str
     paths: tuple[str, ...]
     skip_rows: int
-    """Readable rows at the front that are already done."""
+    """Readable rows at the front that are already done, answered or rejected."""
     max_rows: int | None
     method: str
     """Method of the teacher actor; it gets the records and `arguments`."""
     arguments: tuple[Any, ...]
     batch_size: int
-    counts_rejected: bool = False
-    """Whether `skip_rows` counts rows that were rejected, too. Otherwise those that stand in the quarantine from before are passed
-    over uncounted: which rows are next then depends on what other teachers rejected meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class TeacherAnswer:
     """Index of the work item."""
     records: tuple[Record, ...]
     """The rows that were answered."""
+    positions: tuple[int, ...]
+    """Place of each of them among the readable rows of the work, counted from 0 at their front."""
     num_rejected: int
     """Rows of the batch that the teacher cannot take; they are in the quarantine."""
     result: Any
@@ -75,6 +74,7 @@ class _Asked:
 
     key: Hashable
     records: tuple[Record, ...]
+    positions: tuple[int, ...]
     rejected: tuple[Record, ...] = ()
 
 
@@ -109,15 +109,14 @@ class _Reader:
 def work_rows(work: TeacherWork, quarantine: Quarantine) -> Iterator[Record]:
     """The rows of a work item in file order; those that cannot be read go to the quarantine.
 
+    Which rows these are depends on the files alone, never on what a teacher rejected: a continued run meets the same ones.
+
     Raises:
         DataError: a file cannot be read, or too many of its rows.
     """
     records: Iterable[Record] = iter_records(
         [Path(path) for path in work.paths], capability=work.capability, quarantine=quarantine
     )
-    if not work.counts_rejected:
-        # Rows that the teacher rejected in an earlier run of this folder have no answer there: they are not among those to skip.
-        records = (record for record in records if not quarantine.knows(record))
     end = None if work.max_rows is None else work.skip_rows + work.max_rows
     return itertools.islice(usable(records, quarantine), work.skip_rows, end)
 
@@ -200,10 +199,11 @@ class _AnswerStream:
             if batch is None:
                 break
             index, records = batch
+            first = self._works[index].skip_rows + num_read[index]
             num_read[index] += len(records)
             while self._is_full(self._works[index].teacher):
                 yield from self._next_answer()
-            self._asked[index].append(self._ask(index, records))
+            self._asked[index].append(self._ask(index, records, tuple(range(first, first + len(records)))))
         while any(self._asked):
             yield from self._next_answer()
         if failure is not None:
@@ -227,10 +227,12 @@ class _AnswerStream:
         held = sum(len(asked) for work, asked in zip(self._works, self._asked, strict=True) if work.teacher == teacher)
         return held >= self._pool.capacity(teacher)
 
-    def _ask(self, index: int, records: tuple[Record, ...], rejected: tuple[Record, ...] = ()) -> _Asked:
+    def _ask(
+        self, index: int, records: tuple[Record, ...], positions: tuple[int, ...], rejected: tuple[Record, ...] = ()
+    ) -> _Asked:
         work, key = self._works[index], next(self._keys)
         self._pool.submit(key, work.teacher, work.method, records, *work.arguments)
-        return _Asked(key, records, rejected)
+        return _Asked(key, records, positions, rejected)
 
     def _next_answer(self) -> Iterator[TeacherAnswer]:
         """Wait for the oldest batch of any work; nothing where its rows have to be asked for again."""
@@ -245,18 +247,20 @@ class _AnswerStream:
                 raise
             for record in bad:
                 self._quarantine.add_record(record, f"{error.what} Found {error.reasons[record.id]}.")
-            good = tuple(record for record in asked.records if record.id not in error.reasons)
+            places = zip(asked.records, asked.positions, strict=True)
+            good = [(record, place) for record, place in places if record.id not in error.reasons]
             rejected = (*asked.rejected, *bad)
             if good:
-                self._asked[index].appendleft(self._ask(index, good, rejected))
+                records, positions = zip(*good, strict=True)
+                self._asked[index].appendleft(self._ask(index, records, positions, rejected))
                 return
-            asked, result = _Asked(asked.key, (), rejected), None
+            asked, result = _Asked(asked.key, (), (), rejected), None
         for record in (*asked.records, *asked.rejected):
             assert record.source is not None, "records of the stream come from files"
             self._last_rows[record.source.file] = max(record.source.row, self._last_rows.get(record.source.file, 0))
         for file, row in self._last_rows.items():
             self._quarantine.check(file, row, final=False)
-        yield TeacherAnswer(index, asked.records, len(asked.rejected), result)
+        yield TeacherAnswer(index, asked.records, asked.positions, len(asked.rejected), result)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from actors.pool import Sleep
 from nexus.errors import ClusterError
 from nexus.serving.placement import GIB, NodeShape, Placement, PlacementError, plan_placement
 from nexus.serving.sizes import STUDENT, run_needs, size_of_checkpoint
+from nexus.vendors.environments import ENVIRONMENTS
 
 if TYPE_CHECKING:
     from nexus.config import RunConfig
@@ -71,6 +72,8 @@ class PlannedPlaces:
     options: Mapping[str, list[dict[str, Any]]]
     """Tenant -> options of each of its copies; students are `student:NAME`."""
     sleep: Sleep | None
+    streamed: frozenset[str]
+    """Teachers that exceed their device and run layer by layer."""
     description: str
     """For the person who started the run."""
 
@@ -79,7 +82,7 @@ def plan_places(config: RunConfig, specs: Sequence[TeacherSpec]) -> PlannedPlace
     """Plan for the cluster that is joined, and reserve.
 
     Raises:
-        PlacementError: something does not fit.
+        PlacementError: something does not fit, or would have to be streamed and cannot.
         ClusterError: a GPU does not tell its memory or is not to be had, or a student would be far from its run directory.
     """
     shape = cluster_shape(config.cluster.gpu_gib)
@@ -91,12 +94,8 @@ def plan_places(config: RunConfig, specs: Sequence[TeacherSpec]) -> PlannedPlace
     names = ["distilled", *(["labels_only"] if config.distill.labels_only else [])]
     students = [replace(student, id=f"{STUDENT}:{name}") for name in names]
     placement = plan_placement([*students, *teachers], shape.nodes, purpose="train")
-    streamed = [place.id for place in placement.places if place.mode == "streamed"]
-    if streamed:
-        raise PlacementError(
-            f"Expected GPUs that hold each teacher while a student trains, found none for {', '.join(streamed)}: a streamed teacher "
-            "cannot answer at every step. Use larger GPUs, or leave it out."
-        )
+    streamed = frozenset(place.id for place in placement.places if place.mode == "streamed")
+    _refuse_unstreamed([spec for spec in specs if spec.id in streamed])
     here = ray.get_runtime_context().get_node_id()
     for name in students:
         slot = placement.place_of(name.id).slots[0]
@@ -109,11 +108,31 @@ def plan_places(config: RunConfig, specs: Sequence[TeacherSpec]) -> PlannedPlace
     sleep = None
     if sleepers:
         pinned = frozenset(spec.id for spec in specs) - sleepers
-        sleep = Sleep(1, config.cluster.sleeper_mib * 2**20, pinned=pinned, device_of=devices_of(placement))
+        kept = config.cluster.sleeper_mib * 2**20
+        sleep = Sleep(1, kept, config.cluster.turn_batches, pinned=pinned, device_of=devices_of(placement))
     description = (
         f"placed by plan: {len(specs)} teachers on {len(placement.devices)} devices, {len(sleepers)} sleep by turns"
     )
-    return PlannedPlaces(reserve_places(placement, shape), sleep, description)
+    if streamed:
+        description += f", streamed layer by layer: {', '.join(sorted(streamed))}"
+    return PlannedPlaces(reserve_places(placement, shape), sleep, streamed, description)
+
+
+def _refuse_unstreamed(specs: Sequence[TeacherSpec]) -> None:
+    """Refuse teachers that exceed their device and cannot run from their files during a run."""
+    for spec in specs:
+        why = None
+        if spec.role != "encoder":
+            why = f"its role {spec.role}, which a run asks for more than one pass over a batch"
+        elif not spec.quantise or spec.library in ENVIRONMENTS:
+            why = "weights that are not quantised here"
+        elif spec.cache_dir is None:
+            why = "no folder for its layers (cache.dir)"
+        if why is not None:
+            raise PlacementError(
+                f"Expected a GPU that holds teacher {spec.id!r}, or an encoder that can be streamed layer by layer, found {why}. Use "
+                "larger GPUs, or leave it out."
+            )
 
 
 def reserve_places(placement: Placement, shape: ClusterShape) -> dict[str, list[dict[str, Any]]]:

@@ -1,8 +1,8 @@
 """The teachers of a run as one object: create or attach, a bounded window per actor, timeouts, bounded retries per call.
 
 Where not all teachers fit together, `Sleep` says how many may be awake: another is woken when one without work has been put to
-sleep, the least recently used first. A teacher that is awake does all that waits for it before it may be put to sleep, so that a
-swap pays for as many calls as the callers ask for ahead.
+sleep, the least recently used first. A teacher that is awake does all that waits for it before it may be put to sleep, and a sleeper
+is left asleep until a whole turn waits for it or a caller cannot go on without it: so a swap pays for many calls.
 
 A teacher may have several replicas; its calls go to whichever has least to do, and it is there as long as one of them is.
 Results are kept under the caller's key until collected, in whatever order they arrive; a caller that collects in its own order
@@ -17,6 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,8 @@ class Sleep:
     """Teachers that are awake at a time; on each device, the pinned ones aside."""
     max_kept_bytes: int
     """Private memory that the process of a sleeping teacher may keep; beyond it, it is restarted, which gives back everything."""
+    turn: int = 1
+    """Calls that have to wait for a sleeper before it is woken while nobody needs it yet."""
     pinned: frozenset[str] = frozenset()
     """Teachers that never sleep."""
     device_of: Mapping[str, str] = field(default_factory=dict)
@@ -117,7 +120,7 @@ def sleep_of(config: RunConfig) -> Sleep | None:
     residents = config.cluster.resident_teachers
     if residents is None or residents >= len(config.teachers):
         return None
-    return Sleep(residents, config.cluster.sleeper_mib * 2**20)
+    return Sleep(residents, config.cluster.sleeper_mib * 2**20, config.cluster.turn_batches)
 
 
 class TeacherPool:
@@ -151,6 +154,8 @@ class TeacherPool:
         """The least recently used first; kept only where teachers sleep."""
         self.swaps = 0
         """Times that a teacher was put to sleep."""
+        self._before = {teacher: self._cost(teacher) for teacher in self._lanes} if sleep is not None else {}
+        """Seconds of swaps and of computation when this pool came."""
 
     @classmethod
     def start(
@@ -251,8 +256,8 @@ class TeacherPool:
         return len(self._lanes[teacher].handles)
 
     def capacity(self, teacher: str) -> int:
-        """Calls that a teacher's actors take at once, running and next in line."""
-        return self._window * self.num_replicas(teacher)
+        """Calls that a teacher's actors take at once, running and next in line; where teachers sleep, those of a turn."""
+        return max(self._window * self.num_replicas(teacher), 0 if self._sleep is None else self._sleep.turn)
 
     def health(self, teacher: str, *, replica: int = 0, timeout_s: float = 5.0) -> ActorHealth:
         """Health of one actor of a teacher through its control group, also while it works."""
@@ -265,6 +270,31 @@ class TeacherPool:
                 f"Expected {actor_name(teacher, replica)} to answer within {timeout_s:g} s, found {type(error).__name__}."
             ) from None
 
+    def busy_share(self, teacher: str) -> float | None:
+        """Of the time between its first and its last answer to calls like the last one, the share in which a teacher computed, by its
+        own clock; the mean over replicas, None where none has answered twice."""
+        healths = [self.health(teacher, replica=replica) for replica in self._lanes[teacher].handles]
+        shares = [health.busy_share for health in healths if health.busy_share is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    def swap_share(self) -> float:
+        """Seconds in which teachers fell asleep and woke, against those in which they computed, since this pool came."""
+        totals = [0.0, 0.0]
+        for teacher, before in self._before.items():
+            for index, (now, then) in enumerate(zip(self._cost(teacher), before, strict=True)):
+                # A process that was restarted counts anew.
+                totals[index] += now - then if now >= then else now
+        swapped, computed = totals
+        return swapped / computed if computed else 0.0
+
+    def _cost(self, teacher: str) -> tuple[float, float]:
+        """Seconds of swaps and of computation over all replicas, as far as they answer."""
+        found = []
+        for replica in self._lanes[teacher].handles:
+            with suppress(TeacherUnavailableError):
+                found.append(self.health(teacher, replica=replica))
+        return sum(item.swap_seconds for item in found), sum(item.busy_seconds for item in found)
+
     def submit(self, key: Hashable, teacher: str, method: str, *arguments: Any) -> None:
         """Queue one call; it starts as soon as the window of a replica has room."""
         self._queue(_Call(key, teacher, method, arguments, self._timeout_s))
@@ -276,7 +306,7 @@ class TeacherPool:
             for key in keys:
                 if key in self._done:
                     return key
-            self._poll()
+            self._poll(keys)
 
     def collect(self, key: Hashable, *, timeout_s: float | None = None) -> Any:
         """The result of the call under `key`; other results that arrive meanwhile are kept.
@@ -292,7 +322,7 @@ class TeacherPool:
                 raise TeacherUnavailableError(
                     f"Expected an answer within {timeout_s:g} s for {key!r}, found none. Raise the timeout or free the machine."
                 )
-            self._poll()
+            self._poll((key,))
         result = self._done.pop(key)
         if isinstance(result, BaseException):
             raise result
@@ -315,9 +345,11 @@ class TeacherPool:
         self._lanes[call.teacher].waiting.append(call)
         self._pump()
 
-    def _pump(self) -> None:
+    def _pump(self, keys: Sequence[Hashable] = ()) -> None:
+        """Start what there is room for; `keys` are those that the caller waits for."""
+        needed = self._who_is_needed(keys) if self._sleep is not None else frozenset()
         for teacher, lane in self._lanes.items():
-            while lane.waiting and self._wake(teacher):
+            while lane.waiting and self._wake(teacher, is_needed=teacher in needed):
                 call = lane.waiting[0]
                 if call.not_before > time.monotonic():
                     break
@@ -334,12 +366,14 @@ class TeacherPool:
 
     # --- sleep --------------------------------------------------------------------------------------------------------------------
 
-    def _wake(self, teacher: str) -> bool:
-        """Whether a teacher may be asked; its first call then wakes it. Not while all that are awake have work."""
+    def _wake(self, teacher: str, *, is_needed: bool) -> bool:
+        """Whether a teacher may be asked; its first call then wakes it. Not while all that are awake have work, nor for little."""
         if self._sleep is None:
             return True
         if teacher not in self._awake and teacher not in self._sleep.pinned:
             while len(neighbours := self._awake_beside(teacher)) >= self._sleep.residents:
+                if not is_needed and len(self._lanes[teacher].waiting) < self._sleep.turn:
+                    return False
                 idle = [
                     name for name in neighbours if not self._lanes[name].waiting and not self._lanes[name].in_flight
                 ]
@@ -349,6 +383,16 @@ class TeacherPool:
         self._awake.pop(teacher, None)
         self._awake[teacher] = None
         return True
+
+    def _who_is_needed(self, keys: Sequence[Hashable]) -> frozenset[str]:
+        """Teachers of the calls under `keys`; none while one that is awake is about to answer one of them."""
+        wanted = set(keys) & self._pending
+        asked = frozenset(
+            teacher
+            for teacher, lane in self._lanes.items()
+            if any(call.key in wanted for call in (*lane.waiting, *(call for _, call in lane.in_flight.values())))
+        )
+        return asked if asked.isdisjoint(self._awake) else frozenset()
 
     def _awake_beside(self, teacher: str) -> list[str]:
         """Those on the same device that might make room, the least recently used first."""
@@ -409,9 +453,11 @@ class TeacherPool:
 
     # --- calls --------------------------------------------------------------------------------------------------------------------
 
-    def _poll(self) -> None:
+    def _poll(self, keys: Sequence[Hashable]) -> None:
+        """Wait for any call to end; the caller waits for one of `keys`."""
         if self._check:
             self._check()
+        self._pump(keys)
         flying = {reference: lane for lane in self._lanes.values() for reference in lane.in_flight}
         if not flying:  # all that waits is about to be repeated
             time.sleep(POLL_S)

@@ -358,7 +358,6 @@ def _work(session: Session, teacher: str, capability: str, skip_rows: int, max_r
         method="measure",
         arguments=(config.profile.strategy, source.snr_db),
         batch_size=config.profile.batch_size,
-        counts_rejected=True,
     )
 
 

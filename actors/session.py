@@ -187,6 +187,9 @@ class Session:
             planned = self.planned_places
             if planned is not None:
                 replicas = {spec.id: len(planned.options[spec.id]) for spec in specs}
+                specs = [
+                    dataclasses.replace(spec, streamed=spec.streamed or spec.id in planned.streamed) for spec in specs
+                ]
             start = time.perf_counter()
             # Actors that run already are found by their names; the earlier pool keeps them alive until then.
             self._pool, self._reports = TeacherPool.start(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from actors.session import FACTS_FILE, Interrupted, Session
 from nexus.artifacts import TRANSPORTS_FILE, NIWTProfile, StageRecord, TransportsFile, read_artifact, write_artifact
 from nexus.config import DataConfig, RunConfig, resolve_path
+from nexus.errors import ArtifactError
 from nexus.run import STAGES
 
 if TYPE_CHECKING:
@@ -200,24 +201,27 @@ def extract(session: Session) -> tuple[list[Path], Summary]:
                 teacher=teacher,
                 capability=source.capability,
                 paths=_paths(source.pool),
-                skip_rows=writer.rows,
-                max_rows=None if settings.max_rows is None else max(0, settings.max_rows - writer.rows),
+                skip_rows=writer.rows_read,
+                max_rows=None if settings.max_rows is None else max(0, settings.max_rows - writer.rows_read),
                 method="answer",
                 arguments=(source.max_new_tokens, None),
                 batch_size=settings.batch_size,
             )
         )
     done = 0
+    busy: dict[str, float | None] = {}
     for wave in _waves(works, config.cluster.resident_teachers):
         for answer in session.stream([works[index] for index in wave], "nexus extract"):
             index = wave[answer.work]
             if answer.records:
-                writers[index].write(answer.records, answer.result)
+                writers[index].write(answer.records, answer.result, answer.positions)
             done += len(answer.records)
             session.reporter.progress("extract", done, None, works[index].teacher)
         for index in wave:
             writers[index].finish()
+        busy |= {teacher: session.pool.busy_share(teacher) for teacher in {works[index].teacher for index in wave}}
     outputs, summary = _extract_scores(session)
+    summary |= {f"{teacher} busy": f"{share:.0%}" for teacher, share in sorted(busy.items()) if share is not None}
     for teacher, source in _language_assignments(session):
         folder = session.run.path / "targets" / teacher
         files = TargetWriter.files(folder, source.capability)
@@ -350,7 +354,7 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
 
     config = session.config
     if inject_spike is not None:
-        parse_spike(inject_spike)
+        parse_spike(inject_spike, steps=config.distill.steps)
     facts = _teacher_facts(session, _profiles(session), from_files=True)
     check_answered(
         facts, {source.capability: [t.id for t in config.teachers_of(source.capability)] for source in config.data}
@@ -417,6 +421,8 @@ def distill(session: Session, *, inject_spike: str | None = None) -> tuple[list[
         "rows_per_second": round(main.rows / main.seconds, 1) if main.seconds else 0.0,
         "wait_share": round(main.wait_seconds / main.seconds, 3) if main.seconds else 0.0,
     }
+    if main.swap_share is not None:
+        summary |= {"swaps": main.swaps, "swap_share": round(main.swap_share, 3)}
     return outputs, summary
 
 
@@ -447,7 +453,7 @@ def _teacher_facts(
     from transformers import AutoTokenizer
 
     from nexus.towers.loader import tokenizer_hash
-    from nexus.training.facts import TeacherFacts, TeacherFactsFile
+    from nexus.training.facts import TeacherFacts, TeacherFactsFile, profiled_importance
 
     config = session.config
     written = {
@@ -456,6 +462,12 @@ def _teacher_facts(
     }
     live = [teacher.id for teacher in config.teachers if teacher.id not in written]
     reports = session.reports_of(live)
+    for teacher in live:
+        if profiles[teacher].revision != reports[teacher].fingerprint:
+            raise ArtifactError(
+                f"Expected teacher {teacher} as it was profiled ({profiles[teacher].revision}), found another "
+                f"({reports[teacher].fingerprint}). Put the former back, or choose another --out to begin anew."
+            )
     student_hash = tokenizer_hash(AutoTokenizer.from_pretrained(_tokenizer_folder(session)))
     return tuple(
         written[teacher.id]
@@ -463,7 +475,9 @@ def _teacher_facts(
         else TeacherFacts(
             id=teacher.id,
             role=session.roles[teacher.id],
-            importance=teacher.importance,
+            importance=profiled_importance(profiles[teacher.id])
+            if teacher.importance == "profile"
+            else teacher.importance,
             shares_tokenizer=reports[teacher.id].tokenizer_hash == student_hash,
             vocabulary_size=reports[teacher.id].vocabulary_size,
             num_layers=reports[teacher.id].num_layers,

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.memory import load_turn, private_bytes, release_freed_memory
@@ -20,12 +22,15 @@ from nexus.towers.health import FingerprintChangedError
 from nexus.vendors.environments import ENVIRONMENTS
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from nexus.data.records import Record
     from nexus.profiling.consolidation import BatchMeasurement, ConfirmationMeasurement, ConfirmationPlan
     from nexus.towers.engine import AnswerCheck, ProfileStrategy, TeacherEngine
+    from nexus.towers.loader import LoadedTower
     from nexus.towers.nf4 import CoverageReport
     from nexus.towers.packing import PackedTargets
-    from nexus.towers.parking import ParkedWeights
+    from nexus.towers.parking import FileWeights, ParkedWeights
     from nexus.towers.registry import TeacherSpec
     from nexus.towers.targets import ScoreRequest, TeacherHead
     from nexus.towers.tax import TaxMeasurement
@@ -33,6 +38,9 @@ if TYPE_CHECKING:
 CONTROL_GROUP = "control"
 
 _Answer = TypeVar("_Answer")
+
+FilesSeen = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change of each file."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,26 @@ class ActorHealth:
     loaded: bool
     calls: int
     busy_seconds: float
+    swap_seconds: float
+    """Of falling asleep and waking, all times together."""
+    busy_share: float | None
+    """Of the time between the first and the last answer of the kind of call that it answered last; None before the second."""
+
+
+@dataclass
+class _Stretch:
+    """Calls of one method in a row, after the first of them has ended."""
+
+    method: str
+    first_end: float
+    last_end: float
+    busy_seconds: float = 0.0
+
+    @property
+    def busy_share(self) -> float | None:
+        """Of the time from the first end to the last."""
+        span = self.last_end - self.first_end
+        return self.busy_seconds / span if span else None
 
 
 class TeacherActor:
@@ -77,12 +105,20 @@ class TeacherActor:
         self._replica = replica
         self._torch_threads = torch_threads
         self._engine: TeacherEngine | None = None
+        self._asleep = False
+        """Whether the engine's weights are set aside."""
         self._parked: ParkedWeights | None = None
         """Of a model that sleeps in the node's memory."""
+        self._file: FileWeights | None = None
+        """What a model on a CPU reads its weights from since it first slept."""
+        self._files_seen: FilesSeen = ()
+        """Its checkpoint's files when it was loaded."""
         self._report: LoadReport | None = None
         self._incarnation = f"{os.getpid()}-{time.time_ns()}"
         self._calls = 0
         self._busy_seconds = 0.0
+        self._swap_seconds = 0.0
+        self._stretch: _Stretch | None = None
 
     def __repr__(self) -> str:
         """Name in Ray's logs and on its dashboard."""
@@ -101,18 +137,18 @@ class TeacherActor:
     def sleep(self) -> int:
         """Put the model aside; the next call wakes it. Returns the bytes of private memory that this process keeps.
 
-        On a GPU the weights move to pinned memory of the node and come back as they were. Elsewhere they are dropped, and read
-        again from the checkpoint.
+        On a GPU the weights move to pinned memory of the node and come back as they were. On a CPU they move to a file, once, from
+        which the model reads what it needs. What can do neither is dropped, and read again from the checkpoint.
         """
-        if self._engine is not None:
-            if self._spec.library not in ENVIRONMENTS and self._engine.tower.model.device.type == "cuda":
-                from nexus.towers.parking import park
-
-                self._parked = park(self._engine.tower.model)
-            else:
-                self._engine = None
-            gc.collect()
+        if self._engine is not None and not self._asleep:
+            start = time.perf_counter()
+            self._asleep = self._set_aside(self._engine.tower)
+            if not self._asleep:
+                self._drop()
+                # Weights that were set aside leave nothing behind, and a look at all objects takes 0.2 s.
+                gc.collect()
             release_freed_memory()
+            self._swap_seconds += time.perf_counter() - start
         return private_bytes()
 
     def score(self, request: ScoreRequest) -> PackedTargets:
@@ -120,6 +156,7 @@ class TeacherActor:
         from nexus.towers.packing import pack_targets
 
         return self._timed(
+            "score",
             len(request.row_ids),
             lambda engine: pack_targets(engine.score(request), vocabulary_size=engine.vocabulary_size),
         )
@@ -131,12 +168,14 @@ class TeacherActor:
     def answer(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> tuple[str, ...]:
         """The teacher's answer to each row as text, whatever its role."""
         return self._seldom(
-            len(records), lambda engine: engine.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+            "answer", len(records), lambda engine: engine.answer(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
     def measure(self, records: Sequence[Record], strategy: ProfileStrategy, snr_db: float | None) -> BatchMeasurement:
         """Layer-ablation measurement of one batch."""
-        return self._profiled(len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db))
+        return self._profiled(
+            "measure", len(records), lambda engine: engine.measure(records, strategy=strategy, snr_db=snr_db)
+        )
 
     def confirm(
         self,
@@ -148,6 +187,7 @@ class TeacherActor:
     ) -> ConfirmationMeasurement:
         """Second pass of a profile over some rows of the first."""
         return self._profiled(
+            "confirm",
             len(records),
             lambda engine: engine.confirm(records, plan, strategy=strategy, snr_db=snr_db, answers=answers),
         )
@@ -155,48 +195,103 @@ class TeacherActor:
     def tax(self, records: Sequence[Record], max_new_tokens: int, snr_db: float | None) -> TaxMeasurement:
         """Float original against NF4 on the same rows; the float copy is dropped afterwards."""
         return self._seldom(
-            len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
+            "tax", len(records), lambda engine: engine.tax(records, max_new_tokens=max_new_tokens, snr_db=snr_db)
         )
 
     def health(self) -> ActorHealth:
         """Pid, incarnation and counters; call it in the control group."""
-        is_awake = self._engine is not None and self._parked is None
-        return ActorHealth(os.getpid(), self._incarnation, is_awake, self._calls, self._busy_seconds)
+        is_awake = self._engine is not None and not self._asleep
+        share = None if self._stretch is None else self._stretch.busy_share
+        return ActorHealth(
+            os.getpid(), self._incarnation, is_awake, self._calls, self._busy_seconds, self._swap_seconds, share
+        )
 
-    def _profiled(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+    def _profiled(self, method: str, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_seldom`, counted as work on a profile."""
         before = self._busy_seconds
         try:
-            result = self._seldom(rows, call)
+            result = self._seldom(method, rows, call)
         except ProfilingError as error:
             raise type(error)(f"Profiling {self._spec.id}: {error}") from None
         self._metrics.profiled(rows, self._busy_seconds - before)
         return result
 
-    def _seldom(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+    def _seldom(self, method: str, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         """As `_timed`, for work whose large blocks are not wanted again by the next step."""
         try:
-            return self._timed(rows, call)
+            return self._timed(method, rows, call)
         finally:
             release_freed_memory()
 
-    def _timed(self, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
+    def _timed(self, method: str, rows: int, call: Callable[[TeacherEngine], _Answer]) -> _Answer:
         engine = self._loaded()
         start = time.perf_counter()
         result = call(engine)
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
+        seconds = end - start
         self._calls += 1
         self._busy_seconds += seconds
+        if self._stretch is None or self._stretch.method != method:
+            self._stretch = _Stretch(method, end, end)
+        else:
+            self._stretch.last_end = end
+            self._stretch.busy_seconds += seconds
         self._metrics.answered(rows, seconds)
         return result
 
-    def _loaded(self) -> TeacherEngine:
-        if self._engine is not None and self._parked is not None:
+    def _set_aside(self, tower: LoadedTower) -> bool:
+        """Whether all of the tower's weights now wait where they hold nothing that others could use."""
+        # A vendor's engine has no tower of ours; a dictionary is no module; a streamed model holds next to nothing.
+        if self._spec.library in ENVIRONMENTS or tower.dictionaries is not None or tower.is_streamed:
+            return False
+        if tower.model.device.type == "cuda":
+            from nexus.towers.parking import park
+
+            if tower.denoiser is not None:
+                return False  # its other components would stay where they are
+            self._parked = park(tower.model)
+            return True
+        if self._file is None:
+            from nexus.towers.parking import FileWeights
+
+            folder = Path(self._spec.cache_dir or tempfile.gettempdir()).expanduser()
+            try:
+                self._file = FileWeights(_modules_of(tower), folder)
+            except OSError:  # no room on the disk
+                return False
+        self._file.release()
+        return True
+
+    def _drop(self) -> None:
+        self._engine = None
+        self._parked = None
+        self._file = None
+        self._asleep = False
+
+    def _bring_back(self, engine: TeacherEngine) -> None:
+        """Wake a model that was set aside; one whose files changed meanwhile is dropped."""
+        start = time.perf_counter()
+        if _files_of(self._spec) != self._files_seen:
+            self._drop()
+            return
+        if self._parked is not None:
             from nexus.towers.parking import unpark
 
-            unpark(self._engine.tower.model, self._parked)
+            unpark(engine.tower.model, self._parked)
             self._parked = None
-            self._engine.probe()
+        elif self._file is not None:
+            self._file.prefetch()
+        self._asleep = False
+        try:
+            engine.probe()
+        except Exception:
+            self._drop()  # the next call loads it anew
+            raise
+        self._swap_seconds += time.perf_counter() - start
+
+    def _loaded(self) -> TeacherEngine:
+        if self._engine is not None and self._asleep:
+            self._bring_back(self._engine)
         if self._engine is None:
             import torch
             from transformers.utils.logging import disable_progress_bar
@@ -206,6 +301,7 @@ class TeacherActor:
             torch.set_num_threads(self._torch_threads)
             # One bar per checkpoint would bury the run's own news.
             disable_progress_bar()
+            self._files_seen = _files_of(self._spec)
             with load_turn():
                 start = time.perf_counter()
                 engine, coverage, weight_bytes, from_cache = _opened(self._spec)
@@ -233,10 +329,27 @@ class TeacherActor:
                     f"Expected teacher {self._spec.id!r} to wake with fingerprint {before}, found {engine.fingerprint}: its "
                     "files changed.",
                 )
+            if before is not None:
+                self._swap_seconds += time.perf_counter() - start
             self._metrics = TeacherMetrics(self._spec.id)
             self._metrics.loaded(weight_bytes)
             self._engine = engine
         return self._engine
+
+
+def _modules_of(tower: LoadedTower) -> list[Module]:
+    """All that holds weights; the model of a diffusion teacher is one component of several."""
+    from torch import nn
+
+    parts = [tower.model] if tower.denoiser is None else tower.denoiser.pipeline.components.values()
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def _files_of(spec: TeacherSpec) -> FilesSeen:
+    """Name, size and time of every file that the teacher is loaded from."""
+    folders = [Path(folder) for folder in (spec.path, spec.base_path) if folder is not None]
+    found = [(path, path.stat()) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
 
 
 def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, int, bool]:
@@ -247,8 +360,11 @@ def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, int, bool
         # It gives targets, and nothing of the rest: the pool asks these teachers for nothing else.
         vendor: Any = load_vendor_engine(spec)
         return vendor, vendor.coverage, vendor.coverage.stored_bytes, False
-    from nexus.towers.engine import TeacherEngine
-    from nexus.towers.loader import load_tower
+    from nexus.towers.lean import lean_imports
+
+    with lean_imports():
+        from nexus.towers.engine import TeacherEngine
+        from nexus.towers.loader import load_tower
 
     tower = load_tower(spec)
     weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())

@@ -77,6 +77,10 @@ class TrainerResult:
     wait_seconds: float
     transports: Mapping[str, TransportMetrics]
     """What each teacher's targets took, by teacher."""
+    swaps: int
+    """Times that a teacher was put to sleep."""
+    swap_share: float | None
+    """Of falling asleep and waking, against the time in which teachers computed; None where none sleeps."""
 
 
 class PoolSource:
@@ -117,6 +121,7 @@ class TrainerActor:
     def __init__(self, plan: TrainerPlan) -> None:
         self._plan = plan
         self._stop = threading.Event()
+        self._pool: TeacherPool | None = None
         self._progress = TrainerProgress(plan.student, 0, plan.config.distill.steps, "starting")
 
     def __repr__(self) -> str:
@@ -154,7 +159,7 @@ class TrainerActor:
             save_checkpoint,
             trained_weights,
         )
-        from nexus.training.setup import build_loop, training_fingerprint
+        from nexus.training.setup import build_loop, training_sources
 
         plan = self._plan
         os.chdir(plan.working_dir)
@@ -172,10 +177,13 @@ class TrainerActor:
             source=source,
             taught=taught,
             inject_spike=plan.inject_spike,
+            # Two turns: one fills while the other is used up.
+            steps_ahead=None if plan.sleep is None else max(plan.config.distill.window, 2 * plan.sleep.turn),
             device=plan.device,
         )
-        fingerprint = training_fingerprint(plan.config)
-        found = load_checkpoint(folder, fingerprint=fingerprint)
+        fingerprint = plan.config.fingerprint()
+        sources = training_sources(plan.config, plan.teachers if taught else ())
+        found = load_checkpoint(folder, fingerprint=fingerprint, sources=sources)
         if found is not None:
             _, weights, state = found
             load_trained(loop.objective, weights)
@@ -193,6 +201,7 @@ class TrainerActor:
                 folder,
                 step=loop.step,
                 fingerprint=fingerprint,
+                sources=sources,
                 weights=trained_weights(loop.objective),
                 state=loop.state_dict(),
             )
@@ -218,6 +227,8 @@ class TrainerActor:
             seconds=time.perf_counter() - start,
             wait_seconds=totals["wait"],
             transports=transports(),
+            swaps=0 if self._pool is None else self._pool.swaps,
+            swap_share=None if self._pool is None or plan.sleep is None else self._pool.swap_share(),
         )
 
     def _source(self, events: EventLog) -> tuple[TargetSource, Callable[[], dict[str, TransportMetrics]]]:
@@ -247,6 +258,7 @@ class TrainerActor:
                     }
                 ),
             )
+            self._pool = pool
             source = live = PoolSource(pool)
             if cached_ids:
                 source = MixedSource(live, cached, cached_ids)

@@ -81,7 +81,7 @@ def execute_stages(
     config, path, note = load_run_config(options.config, options.overrides)
     out = options.out or Path("runs") / config.name
     if inject_spike is not None:
-        _check_spike(inject_spike)
+        _check_spike(inject_spike, config)
     from actors.session import Session
     from actors.stages import profile_journal, run_stages
 
@@ -224,10 +224,10 @@ def load_run_config(config: Path | None, overrides: tuple[str, ...]) -> tuple[Ru
     return load_config(path, overrides), Path("configs") / DEFAULT_CONFIG, " (shipped; --config names another)"
 
 
-def _check_spike(text: str) -> None:
+def _check_spike(text: str, config: RunConfig) -> None:
     from nexus.training.loop import parse_spike
 
-    parse_spike(text)
+    parse_spike(text, steps=config.distill.steps)
 
 
 def _quarantined(out: Path) -> dict[str, int]:

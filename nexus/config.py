@@ -53,8 +53,9 @@ class _TeacherBase(ConfigSection):
     """Name of the teacher in this run; its actor is `teacher:<id>`."""
     capabilities: tuple[str, ...] = Field(min_length=1)
     """Rows of these capabilities go to this teacher."""
-    importance: float = Field(1.0, gt=0)
-    """Weight among the teachers; normalised to sum 1."""
+    importance: Annotated[float, Field(gt=0)] | Literal["profile"] = 1.0
+    """Weight among the teachers; normalised to sum 1. `profile` takes the geometric mean of the probabilities that the teacher gave
+    to the right tokens (or labels) of the rows that it was profiled on: a weak teacher then has little say."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
     placement: Literal["memory", "streamed"] = "memory"
@@ -392,14 +393,18 @@ class ClusterConfig(ConfigSection):
     sleeper_mib: int = Field(600, gt=0)
     """Private memory that the process of a sleeping teacher may keep; beyond it the process is restarted, which gives back all of it
     and lengthens the wake by some seconds. Without a model a process keeps about 400."""
+    turn_batches: int = Field(16, gt=0)
+    """Batches that wait for a sleeping teacher before it is woken while nobody needs it yet; distillation asks for the targets of
+    twice as many steps ahead, so that waking pays for at least as many. More cost memory, fewer time."""
 
     @model_validator(mode="after")
     def _sleepers_need_a_limit(self) -> ClusterConfig:
-        default = ClusterConfig.model_fields["sleeper_mib"].default
-        if self.resident_teachers is None and self.placement == "even" and self.sleeper_mib != default:
-            raise ValueError(
-                "sleeper_mib has no effect while all teachers stay awake; remove it or set resident_teachers"
-            )
+        for name in ("sleeper_mib", "turn_batches"):
+            default = ClusterConfig.model_fields[name].default
+            if self.resident_teachers is None and self.placement == "even" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} has no effect while all teachers stay awake; remove it or set resident_teachers"
+                )
         if self.gpu_gib is not None and self.placement == "even":
             raise ValueError("gpu_gib has no effect while placement is even; remove it or set placement: planned")
         if self.resident_teachers is not None and self.placement == "planned":

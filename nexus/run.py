@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -179,17 +179,20 @@ class EventLog:
                 aligned[teacher] = aligned.get(teacher, 0.0) + share * event["tokens"][teacher]
         return {teacher: count / tokens[teacher] for teacher, count in aligned.items()}
 
-    def _steps(self, student: str) -> Iterator[dict[str, Any]]:
+    def _steps(self, student: str) -> Iterator[Mapping[str, Any]]:
+        for event in without_undone(self._events()):
+            if event.get("student") == student and event["kind"] == "step":
+                yield event
+
+    def _events(self) -> Iterator[dict[str, Any]]:
         if not self._path.is_file():
             return
         with self._path.open() as lines:
             for line in lines:
                 try:
-                    event = json.loads(line)
+                    yield json.loads(line)
                 except json.JSONDecodeError:
                     continue  # half a line of a killed process
-                if event.get("student") == student and event["kind"] == "step":
-                    yield event
 
     def truncate_steps(self, student: str, step: int) -> None:
         """Drop the step events of `student` at or after `step`: a resumed run trains them again."""
@@ -205,6 +208,23 @@ class EventLog:
                 continue
             kept.append(line)
         write_bytes_atomically(self._path, "".join(line + "\n" for line in kept).encode())
+
+
+def without_undone(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events but for the steps that a later rollback of the same student undid: they taught it nothing."""
+    kept: list[Mapping[str, Any]] = []
+    for event in events:
+        if event.get("kind") == "rollback" and isinstance(restored := event.get("restored_step"), int):
+            kept = [
+                earlier
+                for earlier in kept
+                if earlier.get("kind") != "step"
+                or earlier.get("student") != event.get("student")
+                or not isinstance(earlier.get("step"), int)
+                or earlier["step"] < restored
+            ]
+        kept.append(event)
+    return kept
 
 
 def _differences(old: Any, new: Any, place: str) -> list[tuple[str, Any, Any]]:

@@ -155,3 +155,14 @@ def test_the_aligned_share_counts_every_token_of_the_run_once(tmp_path):
     log.write({"kind": "step", "student": "distilled", "step": 2, "tokens": {"same": 7}})
     assert log.aligned_shares("distilled") == {"other": pytest.approx((50 + 270) / 400)}
     assert log.aligned_shares("labels_only") == {}
+
+
+def test_steps_that_a_rollback_undid_taught_nothing(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in range(4):
+        log.write({"kind": "step", "student": "distilled", "step": step, "tokens": {"a": 1}})
+    log.write({"kind": "step", "student": "labels", "step": 3, "tokens": {"b": 7}})
+    log.write({"kind": "rollback", "student": "distilled", "step": 4, "restored_step": 1})
+    log.write({"kind": "step", "student": "distilled", "step": 1, "tokens": {"a": 10}})
+    assert log.taught_tokens("distilled") == {"a": 11}
+    assert log.taught_tokens("labels") == {"b": 7}

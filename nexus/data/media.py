@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 from PIL import Image
-from scipy.signal import resample_poly
 
 from nexus.data.quarantine import Quarantine
 from nexus.data.records import Media, Record, RowError
@@ -60,6 +59,9 @@ def decode_audio(data: bytes, sampling_rate: int | None) -> np.ndarray:
         raise DataError(_unreadable("an audio file such as WAV, FLAC or OGG", data, "it holds no sample"))
     samples_T = samples_TC.mean(axis=1)
     if sampling_rate is not None and rate != sampling_rate:
+        # Not at the top: scipy costs every process 40 MiB and half a second, and most never resample.
+        from scipy.signal import resample_poly
+
         factor = np.gcd(rate, sampling_rate)
         samples_T = resample_poly(samples_T, sampling_rate // factor, rate // factor)
     return samples_T.astype(np.float32)

@@ -38,6 +38,8 @@ GROUPS_IN_MEMORY = 40
 
 _FINGERPRINT_KEY = b"nexus_fingerprint"
 _SETTINGS_KEY = b"nexus_settings"
+_READ_KEY = b"nexus_rows_read"
+"""Readable input rows up to and with the last one of a file; more than it holds where the teacher could not take some."""
 _SCHEMA = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("completion", pa.string())])
 
 
@@ -59,9 +61,21 @@ class _FileWriter:
         self._fingerprint = fingerprint
         self._rows_per_file = rows_per_file
         self._files: dict[str, int] = {}
+        for leftover in folder.glob(f".{capability}-[0-9][0-9][0-9][0-9][0-9].parquet.*.tmp"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed: a run directory has one user at a time
         for path in self.files(folder, capability):
             self._files[path.name] = check_targets(path, fingerprint)
-        self.complete = (folder / f"{capability}.json").is_file()
+        manifest = folder / f"{capability}.json"
+        self.complete = manifest.is_file()
+        listed = read_artifact(manifest, TargetManifest).files if self.complete else ()
+        expected = sorted({*listed, *(self._name(number) for number in range(len(self._files)))})
+        missing = [name for name in expected if name not in self._files]
+        if missing:
+            later = [name for name in [*self._files, *([manifest.name] if self.complete else [])] if name > missing[0]]
+            raise ArtifactError(
+                f"Expected the files of {folder} without a gap, found no {missing[0]}: what comes behind it cannot be placed. Delete "
+                f"{', '.join(later)} there and extract again."
+            )
 
     @property
     def rows(self) -> int:
@@ -78,13 +92,16 @@ class _FileWriter:
         """Rows of a finished set."""
         return sum(read_artifact(folder / f"{capability}.json", TargetManifest).files.values())
 
+    def _name(self, number: int) -> str:
+        return f"{self._capability}-{number:05d}.parquet"
+
     def _close(self) -> None:
         manifest = TargetManifest(capability=self._capability, fingerprint=self._fingerprint, files=self._files)
         write_artifact(self._folder / f"{self._capability}.json", manifest)
         self.complete = True
 
     def _write_file(self, table: pa.Table) -> None:
-        name = f"{self._capability}-{len(self._files):05d}.parquet"
+        name = self._name(len(self._files))
         temporary = self._folder / f".{name}.{os.getpid()}.tmp"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +123,22 @@ class TargetWriter(_FileWriter):
         """Raises ArtifactError when the folder holds targets of another fingerprint."""
         super().__init__(folder, capability, fingerprint, rows_per_file)
         self._pending: list[tuple[str, str, str]] = []
+        self._positions: list[int] = []
+        self.rows_read = 0
+        """Readable input rows that the whole files leave behind them, those included that the teacher could not take."""
+        for path in self.files(folder, capability)[-1:]:
+            found = (pq.read_schema(path).metadata or {}).get(_READ_KEY)
+            self.rows_read = self.rows if found is None else int(found)
 
-    def write(self, records: Sequence[Record], completions: Sequence[str]) -> None:
-        """Add one batch."""
+    def write(
+        self, records: Sequence[Record], completions: Sequence[str], positions: Sequence[int] | None = None
+    ) -> None:
+        """Add one batch; `positions` are the rows' places among the readable input rows, None where every one is answered."""
+        if positions is None:
+            first = self._positions[-1] + 1 if self._positions else self.rows_read
+            positions = range(first, first + len(records))
         self._pending += [(record.id, record.prompt, text) for record, text in zip(records, completions, strict=True)]
+        self._positions += positions
         while len(self._pending) >= self._rows_per_file:
             self._flush(self._rows_per_file)
 
@@ -121,10 +150,11 @@ class TargetWriter(_FileWriter):
 
     def _flush(self, count: int) -> None:
         rows, self._pending = self._pending[:count], self._pending[count:]
+        self.rows_read = self._positions[count - 1] + 1
+        del self._positions[:count]
         columns = [pa.array(list(column), pa.string()) for column in zip(*rows, strict=True)]
-        self._write_file(
-            pa.table(columns, schema=_SCHEMA.with_metadata({_FINGERPRINT_KEY: self._fingerprint.encode()}))
-        )
+        metadata = {_FINGERPRINT_KEY: self._fingerprint.encode(), _READ_KEY: str(self.rows_read).encode()}
+        self._write_file(pa.table(columns, schema=_SCHEMA.with_metadata(metadata)))
 
 
 class ScoreSettings(StrictModel):

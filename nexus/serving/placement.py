@@ -285,9 +285,12 @@ class _Draft:
     copies: dict[int, int]
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """Less is better: time, then devices in use."""
-        return max(device.seconds for device in self.devices), len(self.devices)
+    def rank(self) -> tuple[float, ...]:
+        """Less is better: the slowest device's time, then that of the next, and so on; of equal ones fewer devices.
+
+        One slow teacher can decide the first for every plan, and the others are to have their GPUs all the same.
+        """
+        return tuple(sorted((device.seconds for device in self.devices), reverse=True))
 
 
 class _Planner:
@@ -458,7 +461,8 @@ class _Planner:
                     found.append((sum(self._wake_seconds(i, source) for i, source in sources.items()), used, sources))
         assert found, "whoever was put here fits beside those who never sleep"
         once, used, sources = min(found, key=lambda item: item[:2])
-        turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once)))
+        # Waking that costs nothing is no reason for fewer turns.
+        turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once))) if once else TURNS
         moves = {i: self._load(i, family) for i in device.tenants}
         for i, source in sources.items():
             bytes_ = self.needs[i].weight_bytes if source == "host" else self.needs[i].load_bytes

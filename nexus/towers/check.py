@@ -25,13 +25,14 @@ from nexus.towers.engine import TeacherEngine
 from nexus.towers.loader import LoadedTower, load_tower
 from nexus.towers.probes import probe_media, probe_request
 from nexus.towers.registry import (
+    BASE,
     TeacherEntry,
     TeacherRegistry,
     resolve_entry,
     spec_of_entry,
 )
 from nexus.towers.targets import TeacherTargets
-from nexus.towers.tiny import BASE, has_tiny, write_tiny
+from nexus.towers.tiny import has_tiny, write_tiny
 from nexus.vendors.environments import ENVIRONMENTS, interpreter_of, process_environment, what_to_type
 
 DIFFUSERS = "diffusers; type: pip install 'nexus-distill[diffusion]'"
@@ -95,7 +96,7 @@ def check_teachers(
         if entry.library in ENVIRONMENTS:
             if entry.id not in tried:
                 siblings = [other for other in entries if other.library == entry.library]
-                tried |= _rows_of_environment(siblings, tiny=tiny, models_dir=models_dir)
+                tried |= _rows_of_environment(siblings, tiny=tiny, models_dir=models_dir, keep=keep)
             yield tried[entry.id]
             continue
         try:
@@ -139,7 +140,7 @@ def what_it_needs(entry: TeacherEntry, *, tiny: bool) -> str | None:
 
 
 def _rows_of_environment(
-    entries: Sequence[TeacherEntry], *, tiny: bool, models_dir: Path | None
+    entries: Sequence[TeacherEntry], *, tiny: bool, models_dir: Path | None, keep: Path | None
 ) -> dict[str, CheckRow]:
     """Try teachers of one vendor's package, all in one process of its environment."""
     start = time.perf_counter()
@@ -147,7 +148,8 @@ def _rows_of_environment(
     asked: list[tuple[str, str | None]] = []
     for entry in entries:
         try:
-            asked.append((entry.id, None if tiny else resolve_entry(entry, models_dir=models_dir).path))
+            kept = None if keep is None else str(keep.absolute() / entry.id)
+            asked.append((entry.id, kept if tiny else resolve_entry(entry, models_dir=models_dir).path))
         except TowerLoadError as error:
             rows[entry.id] = _row(entry, "needs" if "found neither" in str(error) else "failed", str(error), start)
     if not asked:

@@ -1,14 +1,20 @@
-"""A model's weights set aside in the node's memory and brought back, bit for bit, without quantising again.
+"""A model's weights set aside and brought back, bit for bit, without quantising again.
 
-Every tensor of the model moves: parameters, buffers, and the scales that bitsandbytes keeps beside its packed weights, which are
+On a GPU they move to pinned memory of the node, from where they come at the speed of the bus. Elsewhere they move to an unnamed
+file that the model reads them from, once; from then on it holds only what it used since it woke, and the system's file cache holds
+the rest for as long as nobody wants the memory.
+
+Every tensor of a model moves: parameters, buffers, and the scales that bitsandbytes keeps beside its packed weights, which are
 neither.
-Pinned memory lets a GPU fetch them at the speed of its bus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +22,8 @@ from torch import Tensor, nn
 
 _SCALES = ("absmax", "code", "offset")
 """Tensors of a bitsandbytes QuantState; with double quantisation its `state2` has some as well."""
+_ALIGNMENT = 64
+"""Bytes: what PyTorch's own allocator gives, and vector instructions like."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,66 @@ def unpark(model: nn.Module, parked: ParkedWeights) -> None:
     _replace(model, lambda tensor: tensor.to(parked.device, non_blocking=True))
     if parked.device.type == "cuda":  # pragma: no cover  # needs a GPU: its copies run behind the program
         torch.cuda.synchronize(parked.device)
+
+
+class FileWeights:
+    """The weights of models on a CPU, in a file without a name that ends with the process."""
+
+    def __init__(self, models: Iterable[nn.Module], folder: Path) -> None:
+        """Write all tensors of `models` into a file in `folder` and let the models read them there.
+
+        Raises:
+            OSError: the disk refuses; the models are as before.
+        """
+        models = tuple(models)
+        held = [tensor for model in models for tensor in _tensors(model) if _is_movable(tensor)]
+        offsets = []
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for tensor in held:
+                file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                offsets.append(file.tell())
+                file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+            self.num_bytes = file.tell()
+            file.write(b"\0")  # nothing cannot be mapped
+            file.flush()
+            # A private mapping may be written to, which PyTorch asks of a tensor's memory, and never reaches the file.
+            self._map = mmap.mmap(file.fileno(), self.num_bytes + 1, mmap.MAP_PRIVATE)
+        homes = iter(offsets)
+
+        def to_file(tensor: Tensor) -> Tensor:
+            if not _is_movable(tensor):
+                return tensor
+            flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=next(homes))
+            return flat.reshape(tensor.shape)
+
+        for model in models:
+            _replace(model, to_file)
+
+    def release(self) -> None:
+        """Let go of the memory; what is read again comes from the file, or from the system's cache of it."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def prefetch(self) -> None:
+        """Ask the system to read the file ahead of its use."""
+        self._map.madvise(mmap.MADV_WILLNEED)
+
+
+def _is_movable(tensor: Tensor) -> bool:
+    """Whether a tensor has bytes in the order of its elements; one of a streamed model's blocks has none."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.is_contiguous()
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """In the order in which `_replace` meets them."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _replace(model, note)
+    return iter(found)
 
 
 def _replace(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:

@@ -73,7 +73,9 @@ def _logit_columns(
         if request.transport == "auto":
             columns["errors"] = _topk_errors(logits_NV, packed, request.temperature)
         return columns, packed.finite_N
-    logprobs_NV = torch.log_softmax(logits_NV.float() / request.temperature, dim=-1)
+    # A division by 1 would write the largest tensor of all once more.
+    scaled_NV = logits_NV.float() if request.temperature == 1.0 else logits_NV.float() / request.temperature
+    logprobs_NV = torch.log_softmax(scaled_NV, dim=-1)
     finite_N = torch.isfinite(logprobs_NV.amax(dim=-1))
     if request.transport == "full":
         return {"logprobs": logprobs_NV}, finite_N

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class CheckpointManifest(StrictModel):
     step: int
     fingerprint: str
     """Hash of the configuration sections that training depends on."""
+    sources: dict[str, str]
+    """What else the weights were learned from (a teacher, a pretrained trunk) -> its fingerprint."""
     files: dict[str, str]
     """File name -> sha256."""
     aliases: dict[str, str]
@@ -47,9 +50,13 @@ def save_checkpoint(
     fingerprint: str,
     weights: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    sources: Mapping[str, str] = MappingProxyType({}),
     keep: int = 2,
 ) -> Path:
     """Write one checkpoint below `directory` and drop all but the newest `keep`.
+
+    Args:
+        sources: what the weights were learned from besides the configuration, by the names that `load_checkpoint` refuses with.
 
     Raises:
         ArtifactError: when the disk refuses.
@@ -62,16 +69,22 @@ def save_checkpoint(
         aliases = _aliases(weights)
         stored = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items() if name not in aliases}
         save_file(stored, temporary / WEIGHTS_FILE)
-        torch.save(dict(state), temporary / STATE_FILE)
+        with (temporary / STATE_FILE).open(
+            "wb"
+        ) as file:  # given a path, torch would name its own line instead of a full disk
+            torch.save(dict(state), file)
         files = {name: sha256_of(temporary / name) for name in (WEIGHTS_FILE, STATE_FILE)}
-        manifest = CheckpointManifest(step=step, fingerprint=fingerprint, files=files, aliases=aliases)
+        manifest = CheckpointManifest(
+            step=step, fingerprint=fingerprint, sources=dict(sources), files=files, aliases=aliases
+        )
         write_artifact(temporary / MANIFEST_FILE, manifest)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        refused = error.__context__ if isinstance(error.__context__, OSError) else error
         raise ArtifactError(
-            f"Expected to write the checkpoint {final}, found: {error}. Free disk space and run the same command again."
+            f"Expected to write the checkpoint {final}, found: {refused}. Free disk space and run the same command again."
         ) from error
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -85,11 +98,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _FOLDER.fullmatch(path.name))
 
 
-def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+def load_checkpoint(
+    directory: Path, *, fingerprint: str, sources: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """Step, weights and state of the newest checkpoint below `directory`; None when there is none.
 
+    Args:
+        sources: those of `save_checkpoint` that have to be the same now.
+
     Raises:
-        ArtifactError: when it is damaged, or belongs to a run with another configuration.
+        ArtifactError: when it is damaged, belongs to a run with another configuration, or was learned from another source.
     """
     found = list_checkpoints(directory)
     if not found:
@@ -101,6 +119,12 @@ def load_checkpoint(directory: Path, *, fingerprint: str) -> tuple[int, dict[str
             f"Expected {newest} to belong to this configuration ({fingerprint}), found {manifest.fingerprint}. "
             "Choose another --out, or delete the folder to train anew."
         )
+    for name, source in sources.items():
+        if manifest.sources.get(name) != source:
+            raise ArtifactError(
+                f"Expected {name} as it was when {newest} was written ({manifest.sources.get(name)}), found another ({source}). Put "
+                "the former back, or choose another --out to train anew."
+            )
     for name, digest in manifest.files.items():
         path = newest / name
         if not path.is_file() or sha256_of(path) != digest:

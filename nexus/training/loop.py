@@ -71,24 +71,32 @@ class TargetSource(Protocol):
 class Spike:
     """A fault to inject, for seeing the recovery at work."""
 
-    draw: int
+    step: int
+    """Attempts at a step before the one that it spoils; those that were left out count, so that it strikes once."""
     kind: Literal["nan", "scale"]
     factor: float
 
 
-def parse_spike(text: str) -> Spike:
-    """`STEP:nan` or `STEP:x50`.
+def parse_spike(text: str, *, steps: int) -> Spike:
+    """`STEP:nan` or `STEP:x50`, in a run of `steps`.
 
     Raises:
-        ConfigError: when `text` is neither.
+        ConfigError: when `text` is neither, or would spoil nothing.
     """
     match = re.fullmatch(r"(\d+):(?:(nan)|x(\d+(?:\.\d+)?))", text)
     if match is None:
         raise ConfigError(
             f"Expected --inject-spike STEP:nan or STEP:xFACTOR, found {text!r}. Example: --inject-spike 50:x50"
         )
-    draw, is_nan, factor = match.groups()
-    return Spike(int(draw), "nan" if is_nan else "scale", math.nan if is_nan else float(factor))
+    step, is_nan, factor = match.groups()
+    spike = Spike(int(step), "nan" if is_nan else "scale", math.nan if is_nan else float(factor))
+    if spike.step >= steps:
+        raise ConfigError(
+            f"Expected --inject-spike at a step below distill.steps, {steps}, found {spike.step}. Choose an earlier one."
+        )
+    if spike.factor <= 1.0:
+        raise ConfigError(f"Expected --inject-spike STEP:xFACTOR with a factor above 1, found {text!r}. Try STEP:x50.")
+    return spike
 
 
 @dataclass(frozen=True)
@@ -309,6 +317,7 @@ class DistillationLoop:
         action = self.recovery.check(losses.total, grad_norm, sample_ids)
         step = self.step
         restored = None
+        was_excluded = self.batches.excluded
         if action != "step":
             self.batches.excluded = self.recovery.quarantine.confirmed
         if action == "rollback":
@@ -319,6 +328,8 @@ class DistillationLoop:
             for _ in batches:
                 self.batches.advance()
             self._asked -= len(batches)
+            if self.batches.excluded != was_excluded:
+                self._forget()  # what was asked for holds rows that are drawn no more
         return StepReport(
             step=step,
             draw=batches[0].draw,
@@ -513,8 +524,8 @@ class DistillationLoop:
         return torch.stack(terms).sum()
 
     def _spike_factor(self, batches: Sequence[StepBatch]) -> float:
-        drawn = self._spike is not None and self._spike.draw in [batch.draw for batch in batches]
-        return self._spike.factor if self._spike is not None and drawn else 1.0
+        spoilt = self._spike is not None and self._spike.step == batches[0].draw // self.settings.accumulate
+        return self._spike.factor if self._spike is not None and spoilt else 1.0
 
     # --- gradients ------------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nexus.artifacts import fingerprint_of
 from nexus.config import RunConfig, resolve_path
 from nexus.data.collate import length_check
 from nexus.data.loader import RecordBatches
@@ -71,6 +70,7 @@ def build_loop(
     source: TargetSource | None,
     taught: bool,
     inject_spike: str | None = None,
+    steps_ahead: int | None = None,
     device: str = "cpu",
 ) -> DistillationLoop:
     """A loop at step 0 with freshly initialised weights; `config.seed` fixes everything.
@@ -81,6 +81,7 @@ def build_loop(
         source: where targets come from; needed when taught.
         taught: False trains the same student from the labelled rows alone.
         inject_spike: see `parse_spike`.
+        steps_ahead: whose targets are asked for while the student trains; None takes `distill.window`.
         device: of the student. Its weights are drawn on the CPU, so that they are the same everywhere.
 
     Raises:
@@ -147,7 +148,7 @@ def build_loop(
             gold_weight=distill.gold_weight,
             anchor_start=distill.anchor_start,
             anchor_end=distill.anchor_end,
-            window=distill.window,
+            window=distill.window if steps_ahead is None else steps_ahead,
             snapshot_every=distill.recovery.snapshot_every,
             checkpoint_every=distill.checkpoint_every,
             surgery_method=distill.surgery.method,
@@ -160,7 +161,7 @@ def build_loop(
             },
             seed=config.seed,
         ),
-        spike=None if inject_spike is None else parse_spike(inject_spike),
+        spike=None if inject_spike is None else parse_spike(inject_spike, steps=distill.steps),
     )
 
 
@@ -179,12 +180,14 @@ def _student(config: RunConfig, spec: StudentSpec) -> NexusStudent:
     return student
 
 
-def training_fingerprint(config: RunConfig) -> str:
-    """Hash of all that a checkpoint's weights belong to: the configuration, and the content of a pretrained trunk."""
+def training_sources(config: RunConfig, teachers: Sequence[TeacherFacts] = ()) -> dict[str, str]:
+    """What a checkpoint's weights are learned from besides the configuration, as `save_checkpoint` takes it.
+
+    A teacher counts where it goes on teaching; what the trained student is used for afterwards needs the trunk alone.
+    """
     trunk = _trunk(config)
-    if trunk is None:
-        return config.fingerprint()
-    return fingerprint_of([config.fingerprint(), weights_digest(open_checkpoint(trunk))])
+    sources = {f"teacher {teacher.id}": teacher.fingerprint for teacher in teachers}
+    return sources if trunk is None else {"the pretrained trunk": weights_digest(open_checkpoint(trunk)), **sources}
 
 
 def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
@@ -318,7 +321,7 @@ def load_trained_student(
         ArtifactError: when there is no checkpoint, or it is damaged or of another configuration.
     """
     folder = run_dir / "checkpoints" / name
-    found = load_checkpoint(folder, fingerprint=training_fingerprint(config))
+    found = load_checkpoint(folder, fingerprint=config.fingerprint(), sources=training_sources(config))
     if found is None:
         raise ArtifactError(f"Expected a checkpoint in {folder}, found none. Run `nexus distill` first.")
     _, weights, state = found

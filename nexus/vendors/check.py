@@ -1,6 +1,7 @@
 """Tries teachers of a vendor's package in its environment; started by `nexus teachers check` as `python -m nexus.vendors.check`.
 
-Argument: a JSON list of [registry id, folder of the checkpoint or null for a tiny build]. Standard output: one JSON object a line.
+Argument: a JSON list of [registry id, folder of the checkpoint]. Where there is no such folder it is built tiny there, and for null
+anywhere. Standard output: one JSON object a line.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def try_teacher(entry: TeacherEntry, folder: Path | None) -> dict[str, Any]:
     row: dict[str, Any] = {"id": entry.id, "status": "ok", "reason": None}
     try:
         with tempfile.TemporaryDirectory(prefix="nexus-check-") as scratch:
-            if folder is None:
-                folder = Path(scratch) / entry.id
+            folder = folder or Path(scratch) / entry.id
+            if not folder.exists():
                 write_tiny(entry.library, entry.role, folder)
             engine = load_vendor_engine(spec_of_entry(entry, folder))
             targets = exercise(engine)

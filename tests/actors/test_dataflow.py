@@ -65,10 +65,12 @@ def test_a_row_that_the_teacher_cannot_take_is_quarantined_and_the_others_are_an
     path.write_text(
         "".join(json.dumps({"id": f"r{n}", "question": "six " * (400 if n == 2 else 1)}) + "\n" for n in range(4))
     )
-    for skip_rows in (0, 2):  # continued behind two answers, it neither repeats one nor leaves one out
+    for skip_rows in range(5):  # continued behind any row, it neither repeats one nor leaves one out
         answers = list(_stream([_work(path, skip_rows=skip_rows)], teacher, tmp_path))
-        assert [record.id for answer in answers for record in answer.records] == ["r0", "r1", "r3"][skip_rows:]
-        assert all(len(answer.result) == len(answer.records) for answer in answers)
+        found = [place for answer in answers for place in answer.positions]
+        assert found == [place for place in (0, 1, 3) if place >= skip_rows]
+        assert [record.id for answer in answers for record in answer.records] == [f"r{place}" for place in found]
+        assert all(len(answer.result or ()) == len(answer.records) for answer in answers)
     lines = [json.loads(line) for line in (tmp_path / "quarantine" / "long.jsonl.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == [3]
     assert "at most 256 tokens of the teacher" in lines[0]["reason"]
@@ -80,7 +82,7 @@ def test_too_many_rows_that_the_teacher_cannot_take_stop_the_stream(teacher, tmp
     with pytest.raises(DataError, match=r"at most 10\.00% bad rows in .*, found 2 of 3 \(row 2: .*tokens of the"):
         list(_stream([_work(path)], teacher, tmp_path, bad_share=0.1))
     # Of a file whose first rows alone were wanted nobody knows how many are bad.
-    (answer,) = _stream([_work(path, max_rows=2, counts_rejected=True)], teacher, tmp_path, bad_share=0.1)
+    (answer,) = _stream([_work(path, max_rows=2)], teacher, tmp_path, bad_share=0.1)
     assert (len(answer.records), answer.num_rejected) == (1, 1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from actors.cluster import prepare_environment, resolve_cluster
 from actors.places import cluster_shape, plan_places, reserve_places
 from nexus.config import load_config
 from nexus.errors import ClusterError
-from nexus.serving.placement import GIB, TenantNeed, plan_placement
+from nexus.serving.placement import GIB, PlacementError, TenantNeed, plan_placement
 from nexus.towers.registry import load_registry, resolve_teacher, shipped_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -77,6 +79,40 @@ def test_a_runs_teachers_and_students_all_have_places_on_the_gpus(eight_gpus):
     assert places.sleep is None
     assert {1 / choice["num_gpus"] % 1 for choices in places.options.values() for choice in choices} == {0}
     _release(places.options)
+
+
+def test_an_encoder_larger_than_every_gpu_is_streamed_and_a_language_model_is_refused(eight_gpus, tmp_path):
+    config = load_config(shipped_config("quickstart.yaml"), ["cluster.placement=planned", "cluster.gpu_gib=3"])
+    registry = load_registry()
+    specs = {teacher.id: resolve_teacher(teacher, registry) for teacher in config.teachers}
+    _write_headers(tmp_path / "model.safetensors", layers=24, matrix=(8192, 32768))
+    large = {"path": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    specs["sample-vision"] = dataclasses.replace(specs["sample-vision"], **large)
+    places = plan_places(config, list(specs.values()))
+    assert places.streamed == {"sample-vision"}
+    assert "streamed layer by layer: sample-vision" in places.description
+    _release(places.options)
+    for teacher, changes, words in (
+        ("sample-code", large, "its role causal_lm"),
+        ("sample-vision", {**large, "cache_dir": None}, r"no folder for its layers \(cache\.dir\)"),
+        ("sample-vision", {**large, "quantise": False}, "not quantised here"),
+    ):
+        wrong = {**specs, teacher: dataclasses.replace(specs[teacher], **changes)}
+        with pytest.raises(PlacementError, match=words):
+            plan_places(config, list(wrong.values()))
+
+
+def _write_headers(path, *, layers: int, matrix: tuple[int, int]) -> None:
+    """A safetensors file that says how large it is and takes no room: the planner reads headers alone."""
+    size = 2 * matrix[0] * matrix[1]
+    header = {
+        f"layers.{n}.weight": {"dtype": "BF16", "shape": list(matrix), "data_offsets": [n * size, (n + 1) * size]}
+        for n in range(layers)
+    }
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + layers * size)
 
 
 def test_gpus_that_nobody_can_open_are_refused_with_the_remedy(eight_gpus):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 
 import pytest
 import ray
@@ -197,6 +198,42 @@ def test_one_place_serves_two_teachers_with_equal_answers_and_one_model_in_memor
     assert 1 <= sleeping.swaps <= 3
     restarted = [name for name in two_teachers if sleeping.health(name).pid != before[name]]
     assert bool(restarted) == (max_kept_bytes == 0)
+
+
+def test_a_sleeper_is_woken_for_a_whole_turn_or_for_a_caller_who_cannot_go_on_without_it(two_teachers):
+    first, second = two_teachers
+    sleeping = TeacherPool(two_teachers, window=2, timeout_s=120, max_retries=3, sleep=Sleep(1, 2**40, turn=3))
+    sleeping.submit("a", first, "score", _request(0))
+    sleeping.collect("a")
+    before = sleeping.swaps
+    assert sleeping.capacity(first) == 3
+    for number in range(2):
+        sleeping.submit(number, second, "score", _request(number))
+    assert len(sleeping._lanes[second].waiting) == 2
+    sleeping.submit("b", first, "score", _request(1))
+    # While one that is awake is about to answer one of them, the other need not wake.
+    assert sleeping.collect_first([0, "b"]) == "b"
+    assert (sleeping.swaps, sleeping._is_loaded(second, 0)) == (before, False)
+    sleeping.submit(2, second, "score", _request(2))
+    assert sleeping.swaps == before + 1
+    assert sleeping.collect(2).rest.row_ids == _request(2).row_ids
+    sleeping.submit("c", first, "score", _request(2))
+    assert sleeping._lanes[first].waiting
+    assert sleeping.collect("c").rest.row_ids == _request(2).row_ids
+    assert sleeping.swaps == before + 2
+    assert 0 < sleeping.swap_share() < 100
+
+
+def test_the_actors_process_imports_no_compiler_and_tells_how_busy_it_was(pool, engine):
+    handle = ray.get_actor(actor_name("sample-reasoning"))
+    idle = ray.get(
+        handle.__ray_call__.remote(lambda _: [m for m in ("scipy", "pandas") if m in sys.modules]), timeout=60
+    )
+    assert idle == []
+    for number in range(3):
+        pool.submit(number, "sample-reasoning", "score", _request(number))
+        pool.collect(number)
+    assert 0 < pool.health("sample-reasoning").busy_share <= 1
 
 
 def test_work_for_more_teachers_than_fit_is_cut_into_waves():

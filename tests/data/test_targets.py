@@ -45,6 +45,36 @@ def test_a_killed_extraction_continues_after_its_last_whole_file(tmp_path):
         assert pq.read_table(file).equals(pq.read_table(tmp_path / "cut" / file.name))
 
 
+def test_an_extraction_continues_behind_the_rows_that_its_teacher_could_not_take(tmp_path):
+    writer = _writer(tmp_path)
+    # Rows 1, 4 and 5 were rejected; the last two answers are lost with the process.
+    writer.write(_records(0, 3), list("abc"), (0, 2, 3))
+    writer.write(_records(3, 3), list("def"), (6, 7, 8))
+    (tmp_path / ".math-00001.parquet.17.tmp").write_bytes(b"half a file")
+    again = _writer(tmp_path)
+    assert (again.rows, again.rows_read) == (4, 7)
+    assert not list(tmp_path.glob(".*.tmp"))
+    again.write(_records(4, 2), list("ef"))
+    again.finish()
+    assert _writer(tmp_path).rows_read == 9
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_file_missing_in_the_middle_is_named_with_what_has_to_go_and_then_no_row_is_lost(tmp_path, finished):
+    _write_all(_writer(tmp_path), 0)
+    if not finished:
+        (tmp_path / "math.json").unlink()
+    (tmp_path / "math-00000.parquet").unlink()
+    gone = ["math-00001.parquet", "math-00002.parquet", *(["math.json"] if finished else [])]
+    with pytest.raises(ArtifactError, match=rf"found no math-00000\.parquet: .* Delete {', '.join(gone)} there"):
+        _writer(tmp_path)
+    for name in gone:
+        (tmp_path / name).unlink()
+    _write_all(_writer(tmp_path), 0)
+    rows = [row for file in TargetWriter.files(tmp_path, "math") for row in pq.read_table(file)["id"].to_pylist()]
+    assert rows == [record.id for record in _records(0, 10)]
+
+
 def _write_all(writer: TargetWriter, first: int) -> None:
     writer.write(_records(first, 10 - first), [str(n) for n in range(first, 10)])
     writer.finish()

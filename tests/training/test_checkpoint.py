@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 import torch
@@ -86,3 +87,25 @@ def test_a_disk_that_refuses_leaves_the_previous_checkpoint(tmp_path):
     with pytest.raises(ArtifactError, match="Free disk space"):
         _save(tmp_path, 2)
     assert load_checkpoint(tmp_path, fingerprint="f")[0] == 1
+
+
+def test_a_disk_that_is_full_while_the_state_is_written_is_named_and_keeps_the_previous_checkpoint(tmp_path):
+    _save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # the system refuses as a full disk does
+    try:
+        with pytest.raises(ArtifactError, match=r"found: .*File too large"):
+            _save(tmp_path, 2, state={"moments": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path, fingerprint="f")[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_the_weights_were_learned_from_is_compared_by_name(tmp_path):
+    _save(tmp_path, 1, sources={"teacher a": "1", "teacher b": "2", "the pretrained trunk": "3"})
+    assert load_checkpoint(tmp_path, fingerprint="f", sources={"teacher a": "1", "teacher b": "2"})[0] == 1
+    with pytest.raises(
+        ArtifactError, match=r"Expected teacher b as it was when .* was written \(2\), found another \(9\)"
+    ):
+        load_checkpoint(tmp_path, fingerprint="f", sources={"teacher a": "1", "teacher b": "9"})

@@ -266,6 +266,28 @@ def test_a_stopped_run_continues_to_the_same_weights(spec, tokenizer, changes, t
     _assert_equal(_weights(resumed), _weights(undisturbed))
 
 
+def test_a_run_resumed_after_a_row_was_confirmed_as_poison_is_the_uninterrupted_one(spec, tokenizer):
+    poison = ASSIGNMENTS[Assignment("same", "math")][3].id  # of the rows drawn ahead when the spike strikes
+
+    def poisoned(**changes):
+        loop, _ = _loop(spec, tokenizer, **changes)
+        for hit in "ab":
+            loop.recovery.quarantine.add([poison, hit])
+        return loop
+
+    undisturbed = poisoned(spike=Spike(0, "nan", math.nan))
+    assert poison in undisturbed.batches.peek(1).sample_ids
+    _, reports = _run(undisturbed, stop_after=1)
+    assert reports[0].action == "skip"
+    assert poison not in undisturbed.batches.peek(0).sample_ids
+    resumed = poisoned()
+    resumed.objective.load_state_dict(_copy(undisturbed.objective.state_dict()))
+    resumed.load_state_dict(_copy(undisturbed.state_dict()))
+    expected, found = (_run(loop)[1] for loop in (undisturbed, resumed))
+    assert [(report.rows, report.total) for report in found] == [(report.rows, report.total) for report in expected]
+    _assert_equal(_weights(resumed), _weights(undisturbed))
+
+
 def test_muon_moves_the_inner_matrices_and_adamw_the_embeddings_and_the_maps_to_teachers(spec, tokenizer):
     loop, _ = _loop(spec, tokenizer, optimizer="muon")
     names = {id(parameter): name for name, parameter in loop.objective.named_parameters()}
@@ -474,13 +496,22 @@ def test_excluded_rows_can_leave_an_assignment_without_rows(spec, tokenizer):
     ("text", "spike"), [("50:nan", ("nan", 50)), ("3:x50", ("scale", 3)), ("0:x2.5", ("scale", 0))]
 )
 def test_a_spike_is_read_from_its_text(text, spike):
-    assert (parse_spike(text).kind, parse_spike(text).draw) == spike
+    found = parse_spike(text, steps=51)
+    assert (found.kind, found.step) == spike
 
 
 @pytest.mark.parametrize("text", ["nan", "5", "5:", "5:y50", "-1:nan", "5:x"])
 def test_another_spike_is_refused(text):
     with pytest.raises(ConfigError, match="STEP:nan or STEP:xFACTOR"):
-        parse_spike(text)
+        parse_spike(text, steps=51)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("51:nan", "below distill.steps, 51"), ("5:x1", "above 1"), ("5:x0", "above 1")]
+)
+def test_a_spike_that_would_spoil_nothing_is_refused(text, found):
+    with pytest.raises(ConfigError, match=found):
+        parse_spike(text, steps=51)
 
 
 # Gradient accumulation.
@@ -602,9 +633,9 @@ def test_accumulation_asks_for_the_targets_of_whole_steps_ahead(spec, tokenizer)
 
 
 @pytest.mark.parametrize("taught", [True, False])
-def test_a_spike_in_the_middle_of_an_accumulated_step_skips_all_of_it(spec, tokenizer, taught):
-    """The draw after the first of a step: nothing of the step may stay behind."""
-    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(3, "nan", math.nan), taught=taught)
+def test_a_spike_at_an_accumulated_step_skips_all_its_draws(spec, tokenizer, taught):
+    """Steps are counted, not draws, and nothing of the step may stay behind."""
+    loop, _ = _loop(spec, tokenizer, accumulate=2, spike=Spike(1, "nan", math.nan), taught=taught)
     before = {}
     reports = []
 

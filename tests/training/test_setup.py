@@ -32,7 +32,7 @@ from nexus.training.setup import (
     load_trained_student,
     save_teacher_tokenizer,
     save_tokenizer,
-    training_fingerprint,
+    training_sources,
 )
 
 ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
@@ -314,7 +314,7 @@ def test_averaged_weights_are_what_later_stages_get(run_dir, teachers, engines, 
     save_checkpoint(
         tmp_path / "checkpoints" / "any",
         step=loop.step,
-        fingerprint=training_fingerprint(config),
+        fingerprint=config.fingerprint(),
         weights=trained_weights(loop.objective),
         state=loop.state_dict(),
     )
@@ -365,9 +365,16 @@ def test_a_pretrained_trunk_is_trained_by_updates_and_exported_without_them(
     assert {name for name in changed if name.startswith("student.adapters.")}
     weights = trained_weights(loop.objective)
     assert not [name for name in weights if ".trunk." in name and ".lora_" not in name]
-    fingerprint = training_fingerprint(config)
+    sources = training_sources(config)
     state = loop.state_dict()
-    save_checkpoint(tmp_path / "checkpoints" / "any", step=2, fingerprint=fingerprint, weights=weights, state=state)
+    save_checkpoint(
+        tmp_path / "checkpoints" / "any",
+        step=2,
+        fingerprint=config.fingerprint(),
+        sources=sources,
+        weights=weights,
+        state=state,
+    )
     student, _ = load_trained_student(config, tmp_path, "any", teachers, taught=True)
     student.drop_alignments()
     student.save_pretrained(tmp_path / "student")
@@ -376,7 +383,8 @@ def test_a_pretrained_trunk_is_trained_by_updates_and_exported_without_them(
     with (trunk / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    assert training_fingerprint(config) != fingerprint
+    with pytest.raises(ArtifactError, match="Expected the pretrained trunk as it was when"):
+        load_trained_student(config, tmp_path, "any", teachers, taught=True)
     shutil.rmtree(trunk)
     alone = NexusStudent.from_pretrained(tmp_path / "student").eval()
     assert not [name for name in alone.state_dict() if "lora" in name]
