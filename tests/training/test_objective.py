@@ -215,6 +215,20 @@ def test_a_wide_head_computes_its_logits_twice_and_gives_the_same(spec, tokenize
         assert float(loss.detach()) == pytest.approx(float(losses[-1].detach()), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["same", "labels"])
+def test_the_square_of_the_temperature_is_a_choice(spec, tokenizer, kind):
+    teacher = facts(kind, critical_layers=())
+    rows, capability = (text_rows(), "math") if kind == "same" else (image_rows(), "sight")
+    targets = token_targets(teacher, rows, tokenizer) if kind == "same" else label_targets(teacher, rows)
+    squared, plain = (
+        _objective(spec, tokenizer, [teacher], temperature=3.0, temperature_squared=chosen).teacher_loss(
+            Assignment(kind, capability), rows, targets
+        )
+        for chosen in (True, False)
+    )
+    torch.testing.assert_close(squared.kd, 9.0 * plain.kd)
+
+
 def test_a_bfloat16_head_is_used_as_the_teacher_does(spec, tokenizer):
     teacher = facts("same", critical_layers=())
     rows = text_rows()

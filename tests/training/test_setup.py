@@ -425,6 +425,17 @@ def test_a_transport_of_a_teacher_with_another_tokenizer_is_refused(run_dir, tea
         _loop(config, run_dir, teachers, engines, taught=False)
 
 
+def test_more_kept_ids_than_any_vocabulary_has_are_refused(run_dir, teachers, engines):
+    with pytest.raises(ConfigError, match=r"distill\.top_k: expected at most the \d+ ids .* found 1000000"):
+        _loop(_config("distill.top_k=1000000"), run_dir, teachers, engines, taught=False)
+
+
+def test_labelled_rows_without_weight_are_not_read(run_dir, teachers, engines):
+    config = _config("distill.gold_weight=0.0", "distill.labelled_batch_size=4", "distill.labels_only=false")
+    loop, _ = _loop(config, run_dir, teachers, engines)
+    assert not loop.batches.peek(0).labelled
+
+
 def test_a_weight_of_answers_that_no_teacher_needs_is_refused(run_dir, teachers, engines):
     shared = tuple(replace(teacher, shares_tokenizer=True) for teacher in teachers)
     with pytest.raises(ConfigError, match="response_weight: expected the default"):
