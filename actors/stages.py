@@ -453,7 +453,7 @@ def _teacher_facts(
     from transformers import AutoTokenizer
 
     from nexus.towers.loader import tokenizer_hash
-    from nexus.training.facts import TeacherFacts, TeacherFactsFile
+    from nexus.training.facts import TeacherFacts, TeacherFactsFile, profiled_importance
 
     config = session.config
     written = {
@@ -475,7 +475,9 @@ def _teacher_facts(
         else TeacherFacts(
             id=teacher.id,
             role=session.roles[teacher.id],
-            importance=teacher.importance,
+            importance=profiled_importance(profiles[teacher.id])
+            if teacher.importance == "profile"
+            else teacher.importance,
             shares_tokenizer=reports[teacher.id].tokenizer_hash == student_hash,
             vocabulary_size=reports[teacher.id].vocabulary_size,
             num_layers=reports[teacher.id].num_layers,

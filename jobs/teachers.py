@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus.towers.registry import load_registry, pull_teacher
+from nexus.towers.registry import base_of, load_registry, pull_teacher
 
 if TYPE_CHECKING:
     from nexus.towers.check import CheckRow
@@ -58,7 +58,7 @@ def show_teacher(teacher: str) -> str:
 
 
 def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iterator[tuple[str, Path]]:
-    """Fetch checkpoints; id and folder of each that arrived.
+    """Fetch checkpoints, and the models that they read; id and folder of each that arrived.
 
     Raises:
         TowerLoadError: unknown id, no network, gated or missing repository.
@@ -67,7 +67,8 @@ def pull_teachers(teachers: tuple[str, ...], *, models_dir: Path | None) -> Iter
     # All ids are looked up before the first gigabyte is fetched.
     entries = [registry.get(teacher) for teacher in teachers]
     for entry in entries:
-        yield entry.id, pull_teacher(entry, models_dir=models_dir)
+        for part in (entry, *([base_of(entry)] if entry.base else [])):
+            yield part.id, pull_teacher(part, models_dir=models_dir)
 
 
 def check_rows(teachers: str | None, *, tiny: bool, models_dir: Path | None, keep: Path | None) -> Iterator[CheckRow]:

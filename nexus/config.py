@@ -53,8 +53,9 @@ class _TeacherBase(ConfigSection):
     """Name of the teacher in this run; its actor is `teacher:<id>`."""
     capabilities: tuple[str, ...] = Field(min_length=1)
     """Rows of these capabilities go to this teacher."""
-    importance: float = Field(1.0, gt=0)
-    """Weight among the teachers; normalised to sum 1."""
+    importance: Annotated[float, Field(gt=0)] | Literal["profile"] = 1.0
+    """Weight among the teachers; normalised to sum 1. `profile` takes the geometric mean of the probabilities that the teacher gave
+    to the right tokens (or labels) of the rows that it was profiled on: a weak teacher then has little say."""
     anchor: bool = True
     """Anchor the student to the hidden states of this teacher's critical layers."""
     placement: Literal["memory", "streamed"] = "memory"

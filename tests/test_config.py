@@ -138,6 +138,7 @@ def test_contradictions_are_refused_in_words(change, words):
         ("distill.steps=70", lambda c: c.distill.steps, 70),
         ("distill.learning_rate=1.0e-4", lambda c: c.distill.learning_rate, 1e-4),
         ("teachers.sample-code.importance=2.5", lambda c: c.teachers[1].importance, 2.5),
+        ("teachers.sample-code.importance=profile", lambda c: c.teachers[1].importance, "profile"),
         ("data.vision.batch_size=3", lambda c: c.data[2].batch_size, 3),
         ("data.0.batch_size=5", lambda c: c.data[0].batch_size, 5),
         ("evaluate.max_rows=9", lambda c: c.evaluate.max_rows, 9),
@@ -258,6 +259,15 @@ def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
         (
             {"distill.variance.penalty": 0.0, "distill.variance.mode": "std"},
             "distill.variance.mode has no effect while penalty is 0",
+        ),
+        (
+            {f"teachers.{n}.anchor": False for n in range(4)}
+            | {"distill.anchor_start": 1.0, "distill.anchor_end": 0.3, "distill.standardise": "phi_s"},
+            "distill.standardise has no effect while no teacher is anchored",
+        ),
+        (
+            {"distill.optimizer": "paged_adamw8bit", "distill.device": "cpu"},
+            "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit",
         ),
         ({"distill.surgery.subset": "trunk"}, "subset has no effect while method is none"),
         ({"teachers.0.start_step": 700}, "it would never take part; lower it"),

@@ -41,6 +41,7 @@ from nexus.data.media import decode_audio, decode_image
 from nexus.data.records import MediaKind
 from nexus.errors import ArtifactError
 from nexus.run import student_profile_path, without_undone
+from nexus.training.facts import profiled_importance
 
 TEMPLATE = "report.html.jinja"
 TABLE_HEADER = (
@@ -414,7 +415,7 @@ class _Sample:
 
 def _summarise(data: ReportData) -> _Summary:
     metrics, retention = data.metrics, data.metrics.retention
-    weights = {capability: _importance(data.config, row.teacher) for capability, row in retention.items()}
+    weights = {capability: _importance(data, row.teacher) for capability, row in retention.items()}
     total = sum(weights.values())
     mean = sum(weights[name] * row.retention for name, row in retention.items()) / total if retention else None
     alone = [row.labels_only_retention for row in retention.values()]
@@ -456,13 +457,20 @@ def _verdict(metrics: Metrics, mean: float | None, without: float | None) -> tup
     )
 
 
-def _importance(config: RunConfig, teacher: str) -> float:
+def _importance(data: ReportData, teacher: str) -> float:
     """A teacher's weight in the mean; one that the configuration does not name is a damaged run."""
-    for entry in config.teachers:
-        if entry.id == teacher:
-            return entry.importance
+    found = next((entry.importance for entry in data.config.teachers if entry.id == teacher), None)
+    if found == "profile":
+        profile = next((profile for profile in data.profiles if profile.teacher == teacher), None)
+        if profile is None:
+            raise ArtifactError(
+                f"Expected the profile of {teacher!r}, whose importance it says, found none. Run `nexus profile` again."
+            )
+        return profiled_importance(profile)
+    if found is not None:
+        return found
     raise ArtifactError(
-        f"Expected metrics of the run's own teachers ({', '.join(entry.id for entry in config.teachers)}), found {teacher!r}. "
+        f"Expected metrics of the run's own teachers ({', '.join(entry.id for entry in data.config.teachers)}), found {teacher!r}. "
         "metrics.json belongs to another configuration: run `nexus evaluate` again."
     )
 

@@ -285,9 +285,12 @@ class _Draft:
     copies: dict[int, int]
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """Less is better: time, then devices in use."""
-        return max(device.seconds for device in self.devices), len(self.devices)
+    def rank(self) -> tuple[float, ...]:
+        """Less is better: the slowest device's time, then that of the next, and so on; of equal ones fewer devices.
+
+        One slow teacher can decide the first for every plan, and the others are to have their GPUs all the same.
+        """
+        return tuple(sorted((device.seconds for device in self.devices), reverse=True))
 
 
 class _Planner:

@@ -41,6 +41,10 @@ HEAD_TOLERANCE = 1e-3
 """Relative difference between a model's logits and its output layer on its last states; beyond it, something stands between them."""
 
 
+_INNER_SIZES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+"""What configurations call the width of their feed-forward layers."""
+
+
 class _LowerStatesReachedError(Exception):
     """Ends a forward pass at the first port."""
 
@@ -235,7 +239,10 @@ def pretrained_core_config(folder: Path, *, port_every: int) -> PretrainedCoreCo
             trunk={**model.to_diff_dict(), "model_type": model.model_type},
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
+            # It goes by several names, and four widths where a model does not say. Nothing of ours is built from it.
+            intermediate_size=next(
+                (size for name in _INNER_SIZES if (size := getattr(text, name, None))), 4 * text.hidden_size
+            ),
             num_hidden_layers=text.num_hidden_layers,
             num_attention_heads=text.num_attention_heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -278,14 +285,18 @@ def load_pretrained(core: PretrainedCore, folder: Path) -> None:
 def add_lora(core: PretrainedCore, *, rank: int, alpha: int) -> None:
     """Put a low-rank update, 0 at first, on every linear map of the trunk's layers; only the updates and the ports then train."""
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     core.trunk.requires_grad_(False)
     names = {id(module): name for name, module in core.trunk.named_modules()}
-    targets = [
-        names[id(module)] for block in core.layers for module in block.modules() if isinstance(module, nn.Linear)
-    ]
+    # GPT-2's linear maps keep their weights the other way round, under this misleading name.
+    maps = [module for block in core.layers for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    turned = bool(maps) and all(isinstance(module, Conv1D) for module in maps)
+    targets = [names[id(module)] for module in maps]
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), core.trunk, adapter_name=LORA_NAME
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=turned),
+        core.trunk,
+        adapter_name=LORA_NAME,
     )
 
 

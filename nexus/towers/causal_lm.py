@@ -494,7 +494,6 @@ def _forward(
     # Positions count real tokens only, so that a row means the same whatever it is padded with.
     position_ids_BT = (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     device = model.device
-    scored_BC = scored_BC.to(device)
     inputs: dict[str, Any] = {
         "input_ids": input_ids_BT.to(device),
         "attention_mask": attention_mask_BT.to(device),
@@ -514,10 +513,15 @@ def _forward(
         else:
             # Some classes (the omni thinkers) take logits_to_keep and return all the same.
             logits_BTV = model(**inputs, logits_to_keep=longest_completion).logits
-            logits_NV = logits_BTV[:, -longest_completion:][scored_BC]
-    hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
-    states_NH = None if read == "logits" else seen[0][:, -longest_completion:][scored_BC]
+            logits_NV = _rows_at(logits_BTV[:, -longest_completion:], scored_BC)
+    hidden = {layer: _rows_at(state_BTH[:, -longest_completion:], scored_BC) for layer, state_BTH in recorded.items()}
+    states_NH = None if read == "logits" else _rows_at(seen[0][:, -longest_completion:], scored_BC)
     return _Scored(logits_NV, hidden, states_NH)
+
+
+def _rows_at(values_BCX: Tensor, scored_BC: Tensor) -> Tensor:
+    """[N, X]: the values where `scored_BC`, which is on the CPU, says so. Rows of one length are not copied."""
+    return values_BCX.flatten(0, 1) if bool(scored_BC.all()) else values_BCX[scored_BC.to(values_BCX.device)]
 
 
 def _length(row: TokenisedRow) -> int:

@@ -151,8 +151,8 @@ def _arrays(targets: TeacherTargets) -> Iterable[tuple[str, np.ndarray]]:
     if isinstance(tokens, HiddenTargets):
         yield "last hidden states", tokens.states_NH
     elif isinstance(tokens, FullTargets):
-        # An id that cannot be has -infinity.
-        yield "probabilities", np.exp(tokens.logprobs_NV)
+        # An id that cannot be has -infinity, but never all of them; NaN is larger than everything here.
+        yield "probabilities", tokens.logprobs_NV.max(axis=1)
     elif tokens is not None:
         yield "log-probabilities", _logprobs(tokens)
     if isinstance(tokens, TokenTargets):

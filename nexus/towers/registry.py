@@ -28,6 +28,9 @@ SUPPORTED_ROLES: tuple[Role, ...] = ("causal_lm", "encoder")
 DEFAULT_MODELS_DIR = Path("models")
 """Where `nexus teachers pull` puts a checkpoint when nothing else is said, relative to the working directory."""
 
+BASE = "base"
+"""Folder, inside that of an sae, where the model that it reads may lie; else it lies where any other teacher does."""
+
 PULLED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What a checkpoint needs; pickled weights (*.bin, *.pt) can run code when read and are never fetched."""
 
@@ -314,9 +317,12 @@ def resolve_entry(entry: TeacherEntry, *, models_dir: Path | None = None, cache_
     path = find_checkpoint(entry.id, entry.repo, entry.revision, models_dir=models_dir, cache_dir=cache_dir)
     base = None
     if entry.base is not None:
-        base = find_checkpoint(
-            entry.base.partition("/")[2], entry.base, None, models_dir=models_dir, cache_dir=cache_dir
-        )
+        base = path / BASE
+        if not base.is_dir():
+            name = base_of(entry).id
+            base = find_checkpoint(
+                name, entry.base, None, models_dir=models_dir, cache_dir=cache_dir, pulled_as=entry.id
+            )
     return spec_of_entry(entry, path, base=base)
 
 
@@ -348,10 +354,26 @@ def check_role(teacher_id: str, role: Role, needs: tuple[str, ...] = ()) -> None
         )
 
 
+def base_of(entry: TeacherEntry) -> TeacherEntry:
+    """The model that an sae reads, as an entry that can be fetched: it has no row of its own."""
+    assert entry.base is not None, "only an sae reads another model"
+    name = entry.base.partition("/")[2]
+    return entry.model_copy(update={"id": name, "repo": entry.base, "revision": None, "base": None})
+
+
 def find_checkpoint(
-    teacher_id: str, repo: str, revision: str | None, *, models_dir: Path | None = None, cache_dir: Path | None = None
+    teacher_id: str,
+    repo: str,
+    revision: str | None,
+    *,
+    models_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    pulled_as: str | None = None,
 ) -> Path:
     """The folder of a repository's files on this machine; uses no network.
+
+    Args:
+        pulled_as: the id whose pull fetches it; None means `teacher_id`.
 
     Raises:
         TowerLoadError: when neither `models_dir/<id>` nor the Hugging Face cache has it.
@@ -373,7 +395,7 @@ def find_checkpoint(
         at = f" at revision {revision}" if revision else ""
         raise TowerLoadError(
             f"Expected the files of teacher {teacher_id!r} in {local} or {repo}{at} in the Hugging Face cache, found neither. "
-            f"Fetch them with: nexus teachers pull {teacher_id}"
+            f"Fetch them with: nexus teachers pull {pulled_as or teacher_id}"
         ) from None
 
 

@@ -24,6 +24,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
+from nexus.towers.registry import BASE
+
 RATE = 16_000
 """Hertz of the recordings that tiny speech models hear."""
 IMAGE_SIZE = 32
@@ -53,10 +55,6 @@ _SEEING = {
     "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 8, "out_hidden_size": 64,
 }  # fmt: skip
 _MEDIA_IDS = {"audio_token_id": 500, "image_token_id": 501, "video_token_id": 502}
-
-
-BASE = "base"
-"""Folder, inside that of a tiny sae, of the model that it reads."""
 
 
 def has_tiny(teacher_id: str) -> bool:

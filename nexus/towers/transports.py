@@ -70,7 +70,7 @@ def _logit_columns(
         if request.transport == "auto":
             columns["errors"] = _topk_errors(logits_NV, packed, request.temperature)
         return columns, packed.finite_N
-    logprobs_NV = torch.log_softmax(logits_NV.float() / request.temperature, dim=-1)
+    logprobs_NV = torch.log_softmax(_tempered(logits_NV, request.temperature), dim=-1)
     finite_N = torch.isfinite(logprobs_NV.amax(dim=-1))
     if request.transport == "full":
         return {"logprobs": logprobs_NV}, finite_N
@@ -120,16 +120,20 @@ def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTop
         logits_NV: any float type; divided by the temperature and normalised in float32.
         top_k: at most V.
     """
-    scaled_NV = logits_NV.float() / temperature
-    normaliser_N = torch.logsumexp(scaled_NV, dim=-1)
-    kept_NK, ids_NK = scaled_NV.topk(top_k, dim=-1)
-    rest_NV = scaled_NV.scatter(-1, ids_NK, float("-inf"))
+    logprobs_NV = torch.log_softmax(_tempered(logits_NV, temperature), dim=-1)
+    kept_NK, ids_NK = logprobs_NV.topk(top_k, dim=-1)
     return PackedTopK(
         ids_NK=ids_NK.to(torch.int32),
-        logprobs_NK=kept_NK - normaliser_N[:, None],
-        tail_N=torch.logsumexp(rest_NV, dim=-1) - normaliser_N,
-        finite_N=torch.isfinite(normaliser_N),
+        logprobs_NK=kept_NK,
+        # In place: nothing else reads them, and a copy would be as large as the logits.
+        tail_N=torch.logsumexp(logprobs_NV.scatter_(-1, ids_NK, float("-inf")), dim=-1),
+        finite_N=torch.isfinite(kept_NK[:, 0]),
     )
+
+
+def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    """In float32. A division by 1 would write the largest tensor of all once more."""
+    return logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
 
 
 def _draw(logprobs_NV: Tensor, request: ScoreRequest, row_ids: Sequence[str], counts: Sequence[int]) -> Tensor:

@@ -73,8 +73,18 @@ class StepBatches:
         self._labelled = dict(labelled)
         self._draw = 0
         self._pending: deque[_Pending] = deque()
-        self.excluded: Collection[str] = frozenset()
-        """Quarantined row ids."""
+        self._excluded: Collection[str] = frozenset()
+
+    @property
+    def excluded(self) -> Collection[str]:
+        """Quarantined row ids; batches drawn ahead are drawn anew without them, as after a restart."""
+        return self._excluded
+
+    @excluded.setter
+    def excluded(self, ids: Collection[str]) -> None:
+        if ids != self._excluded:
+            self._excluded = ids
+            self.load_state_dict(self.state_dict())
 
     def peek(self, ahead: int) -> StepBatch:
         """The batch `ahead` draws after the next one, which is 0; nothing is consumed."""
@@ -116,4 +126,4 @@ class StepBatches:
         return batch
 
     def _rows(self, stream: RecordStream) -> tuple[Record, ...]:
-        return tuple(record for record in stream.next_batch() if record.id not in self.excluded)
+        return tuple(record for record in stream.next_batch() if record.id not in self._excluded)

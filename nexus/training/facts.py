@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nexus.artifacts import StrictModel
+from nexus.artifacts import NIWTProfile, StrictModel
 from nexus.config import Role
+from nexus.errors import ConfigError
 from nexus.towers.targets import Transport
 
 
@@ -45,6 +48,23 @@ class CapabilityFacts:
     name: str
     towers: tuple[str, ...]
     snr_db: float | None
+
+
+def profiled_importance(profile: NIWTProfile) -> float:
+    """exp(-nll) of the clean teacher on the profiled samples, in (0, 1]: the geometric mean of what it gave to the right tokens, or
+    labels. Comparable between teachers that were asked in tokens of one kind; a model of random weights over V ids gets about 1 / V.
+
+    Raises:
+        ConfigError: the profile has no likelihood, as that of an encoder without a head.
+    """
+    nll = profile.baseline.nll
+    if nll is None:
+        raise ConfigError(
+            f"teachers.{profile.teacher}.importance: expected a profile with a likelihood, found one of {profile.metric}, which says "
+            "nothing of how good the teacher is. Give a number."
+        )
+    # The smallest positive number, where a teacher is as wrong as that: an importance is above 0.
+    return max(math.exp(-nll), sys.float_info.min)
 
 
 class _TeacherFactsModel(StrictModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -323,6 +324,11 @@ def test_a_changed_profile_changes_the_layers_that_distillation_asks_the_teacher
         name: tuple((item.layer, item.weight) for item in profile.critical_layers) for name, profile in profiles.items()
     }
     assert all(found.values())
+    asked = document()
+    asked["teachers"][0]["importance"] = "profile"
+    session.config = parse_config(asked, source="test")
+    weights = {facts.id: facts.importance for facts in _teacher_facts(session, profiles, from_files=False)}
+    assert weights == {TEXT: pytest.approx(math.exp(-profiles[TEXT].baseline.nll)), IMAGES: 1.0}
     profiles[TEXT] = profiles[TEXT].model_copy(update={"critical_layers": (CriticalLayer(layer=1, weight=1.0),)})
     changed = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles, from_files=False)}
     assert changed == {**found, TEXT: ((1, 1.0),)}

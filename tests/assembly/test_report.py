@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import re
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -227,6 +228,26 @@ def test_the_verdict_weighs_teachers_by_their_importance(report_data: ReportData
     kept = [row.retention for row in report_data.metrics.retention.values()]
     expected = (kept[0] + 5 * kept[1] + kept[2] + kept[3]) / 8
     assert f"keeps {100 * expected:.0f} % of" in shown.text.replace("\u00a0", " ")
+
+
+def test_the_verdict_takes_an_importance_from_the_profile_where_the_run_did(
+    report_data: ReportData, tmp_path: Path
+) -> None:
+    document = report_data.config.model_dump(mode="json")
+    document["distill"]["surgery"].pop("every")
+    document["teachers"][1]["importance"] = "profile"
+    data = dataclasses.replace(report_data, config=parse_config(document, source="test"))
+    weak = [
+        profile.model_copy(update={"baseline": profile.baseline.model_copy(update={"nll": 3.0})})
+        for profile in report_data.profiles
+    ]
+    shown = page_of(dataclasses.replace(data, profiles=weak), tmp_path)
+    kept = [row.retention for row in report_data.metrics.retention.values()]
+    weight = math.exp(-3.0)
+    expected = (kept[0] + weight * kept[1] + kept[2] + kept[3]) / (3.0 + weight)
+    assert f"keeps {100 * expected:.0f} % of" in shown.text.replace("\u00a0", " ")
+    with pytest.raises(ArtifactError, match="Run `nexus profile` again"):
+        page_of(dataclasses.replace(data, profiles=()), tmp_path)
 
 
 def test_without_a_labels_only_student_the_verdict_makes_no_claim_about_it(

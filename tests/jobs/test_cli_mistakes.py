@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 import jobs.execute
+from actors.session import check_device
 from jobs.execute import guarded
-from nexus.config import SAMPLES_DIR, load_config
-from nexus.errors import DataError, StageFailedError
+from nexus.config import SAMPLES_DIR, load_config, parse_config
+from nexus.errors import ConfigError, DataError, StageFailedError
 from nexus.run import RunDirectory
 
 REASONING = SAMPLES_DIR / "reasoning"
@@ -124,6 +125,28 @@ def test_a_mistake_in_the_inputs_is_one_line_before_ray_starts(nexus, config, na
     Path("broken.parquet").write_bytes((REASONING / "labelled.parquet").read_bytes()[:-20])
     told = nexus("pipeline", "-c", config, "--set", f"{key}={json.dumps(value)}")
     assert expected in after_the_first_line(told)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("distill.device=cuda", "Set distill.device to cpu or auto"),
+        ("distill.optimizer=paged_adamw8bit", "Set distill.optimizer to adamw8bit"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_where_there_is_none_before_ray_starts(nexus, config, monkeypatch, setting, remedy):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    told = after_the_first_line(nexus("pipeline", "-c", config, "--cluster", "local", "--set", setting))
+    place = setting.replace("=", " ")
+    assert f"Expected a GPU for {place}, found the device cpu alone (this machine, where a local Ray starts)" in told
+    assert f"{remedy}, or join a cluster with a GPU." in told
+
+
+def test_what_needs_a_gpu_is_taken_where_there_is_one():
+    config = parse_config({**document(), "distill": {**document()["distill"], "device": "cuda"}}, source="test")
+    check_device(config, 1, "a cluster")
+    with pytest.raises(ConfigError, match="Expected a GPU"):
+        check_device(config, 0, "a cluster")
 
 
 def test_an_unknown_teacher_is_told_its_nearest_name_and_an_absent_one_how_to_get_it(nexus, tmp_path):

@@ -34,7 +34,9 @@ def interpreter(folder: Path, *lines: str) -> Path:
     python = folder / "qwen-tts" / "bin" / "python"
     python.parent.mkdir(parents=True)
     said = "\n".join(f"echo '{line}'" for line in lines)
-    python.write_text(f"#!/bin/sh\n{said}\necho 'first line' >&2\necho 'no such thing' >&2\nexit 3\n")
+    python.write_text(
+        f"#!/bin/sh\necho \"$3\" > {folder / 'asked.json'}\n{said}\necho 'first line' >&2\necho 'no such thing' >&2\nexit 3\n"
+    )
     python.chmod(0o755)
     return python
 
@@ -83,6 +85,9 @@ def test_rows_come_from_the_environments_process_and_what_it_did_not_say_failed(
     )  # fmt: skip
     assert "found: no such thing. Make the environment again: make teacher-env NAME=qwen-tts" in str(rows[1].reason)
     assert (rows[2].role, rows[2].reason, rows[2].quantised_share) == ("codec", "no codec", None)
+    assert json.loads((tmp_path / "asked.json").read_text()) == [[name, None] for name in QWEN]
+    list(check_teachers(registry, QWEN[:1], tiny=True, keep=tmp_path / "kept"))
+    assert json.loads((tmp_path / "asked.json").read_text()) == [[QWEN[0], str(tmp_path / "kept" / QWEN[0])]]
 
 
 def test_local_checkpoints_that_are_not_there_are_needed_and_start_no_process(

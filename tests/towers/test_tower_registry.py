@@ -20,11 +20,14 @@ import yaml
 from nexus.config import HubTeacher, PathTeacher, RegistryTeacher
 from nexus.errors import ConfigError, TowerLoadError, UnsupportedRoleError
 from nexus.towers.registry import (
+    BASE,
     TeacherEntry,
     TeacherRegistry,
+    base_of,
     load_registry,
     nearest,
     pull_teacher,
+    resolve_entry,
     resolve_teacher,
     shipped_config,
 )
@@ -283,6 +286,22 @@ def test_files_that_are_nowhere_name_the_command_that_fetches_them(
 ) -> None:
     with pytest.raises(TowerLoadError, match=r"nexus teachers pull qwen2\.5-0\.5b"):
         resolve_teacher(teacher, registry, models_dir=tmp_path, cache_dir=tmp_path)
+
+
+def test_the_model_that_an_sae_reads_lies_beside_it_or_inside_it_and_is_fetched_with_it(
+    registry: TeacherRegistry, tmp_path: Path
+) -> None:
+    entry = registry.get("gemma-scope-2-27b")
+    folder = tmp_path / "gemma-scope-2-27b"
+    folder.mkdir()
+    with pytest.raises(TowerLoadError, match=r"'gemma-3-27b-pt'.*nexus teachers pull gemma-scope-2-27b$"):
+        resolve_entry(entry, models_dir=tmp_path, cache_dir=tmp_path / "none")
+    (tmp_path / "gemma-3-27b-pt").mkdir()
+    assert resolve_entry(entry, models_dir=tmp_path).base_path == str(tmp_path / "gemma-3-27b-pt")
+    (folder / BASE).mkdir()
+    assert resolve_entry(entry, models_dir=tmp_path).base_path == str(folder / BASE)
+    base = base_of(entry)
+    assert (base.id, base.repo, base.base, base.revision) == ("gemma-3-27b-pt", "google/gemma-3-27b-pt", None, None)
 
 
 @pytest.mark.parametrize(

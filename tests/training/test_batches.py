@@ -70,6 +70,15 @@ def test_seeking_gives_the_draws_of_an_undisturbed_run():
     assert batches.peek(0).draw == 6
 
 
+def test_rows_excluded_later_leave_the_draws_made_ahead_too():
+    batches = _batches()
+    batches.peek(3)
+    batches.advance()
+    batches.excluded = frozenset({"math2.1"})
+    assert [record.id for record in batches.peek(1).unlabelled[A]] == ["math2.0"]
+    assert batches.peek(0).draw == 1
+
+
 def test_excluded_rows_are_left_out_of_later_draws():
     batches = _batches()
     batches.excluded = frozenset({"math0.1", "gold0.0"})
