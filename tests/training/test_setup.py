@@ -120,10 +120,16 @@ def _config(*overrides: str) -> RunConfig:
     return load_config(shipped_config("quickstart.yaml"), [*OVERRIDES, *overrides])
 
 
-def _loop(config, run_dir, teachers, engines, *, taught=True, inject_spike=None):
+def _loop(config, run_dir, teachers, engines, *, taught=True, inject_spike=None, steps_ahead=None):
     source = EnginesSource(engines) if taught else None
     loop = build_loop(
-        config, run_dir=run_dir, teachers=teachers, source=source, taught=taught, inject_spike=inject_spike
+        config,
+        run_dir=run_dir,
+        teachers=teachers,
+        source=source,
+        taught=taught,
+        inject_spike=inject_spike,
+        steps_ahead=steps_ahead,
     )
     return loop, source
 
@@ -220,6 +226,18 @@ def test_equal_seeds_build_equal_loops_and_another_seed_another(run_dir, teacher
     assert ids == same_ids
     assert not torch.equal(weights, other_weights)
     assert ids != other_ids
+
+
+def test_targets_that_are_asked_for_further_ahead_give_the_same_weights(run_dir, teachers, engines):
+    found = []
+    for ahead in (None, 5):
+        loop, source = _loop(_config(), run_dir, teachers, engines, steps_ahead=ahead)
+        loop.advance()
+        # One step's targets are collected, those of the steps ahead are not.
+        assert len(source.requests) == len(teachers) * (ahead or loop.settings.window)
+        loop.advance()
+        found.append(trained_weights(loop.objective))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_without_teachers_the_same_student_trains_on_the_labelled_rows_alone(run_dir, teachers, engines):
