@@ -130,14 +130,15 @@ class PretrainedCore(NexusStudentCore):
             use_cache=use_cache,
             output_hidden_states=bool(output_hidden_states),
         )
-        hidden_BTD = decoded.last_hidden_state
+        # A factor behind the output layer is one in front of it; who applies `lm_head` to the last states then has the logits.
+        hidden_BTD = decoded.last_hidden_state * _logit_factor(self.trunk)
         kept_BTD = hidden_BTD if logits_to_keep == 0 else last_positions(hidden_BTD, mask_BS, logits_to_keep)
         logits_BTV = self.lm_head(kept_BTD)
         output = CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits_BTV, labels),
             logits=logits_BTV,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=decoded.hidden_states if output_hidden_states else None,
+            hidden_states=(*decoded.hidden_states[:-1], hidden_BTD) if output_hidden_states else None,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
@@ -235,6 +236,7 @@ def pretrained_core_config(folder: Path, *, port_every: int) -> PretrainedCoreCo
     try:
         model = AutoConfig.from_pretrained(folder, local_files_only=True)
         text = model.get_text_config(decoder=True)
+        _refuse_unfit(text, folder)
         return PretrainedCoreConfig(
             trunk={**model.to_diff_dict(), "model_type": model.model_type},
             vocab_size=text.vocab_size,
@@ -322,9 +324,27 @@ def _check_head(trunk: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         states = trunk.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
         expected = trunk(input_ids=ids_1T, use_cache=False).logits
-        found = trunk.get_output_embeddings()(states)
+        found = trunk.get_output_embeddings()(states * _logit_factor(trunk))
     if float((found - expected).norm()) > HEAD_TOLERANCE * float(expected.norm()):
         raise ConfigError(
             f"Expected a trunk whose logits are its output layer's, found {type(trunk).__name__} in {folder}, which scales or caps "
-            "them. Choose another model for student.trunk."
+            "them (final_logit_softcapping is a cap). Choose a decoder without one for student.trunk, such as Qwen3 or Llama."
         )
+
+
+def _refuse_unfit(text: Any, folder: Path) -> None:
+    """Raise ConfigError for layers that keep no keys and values."""
+    try:
+        DynamicCache(config=text).get_seq_length()
+    except ValueError:
+        raise ConfigError(
+            f"Expected a trunk with attention layers, found {text.model_type} in {folder}, which is recurrent: it keeps no keys "
+            "and values of an answer so far. Choose a decoder with attention for student.trunk, such as Qwen3 or Llama."
+        ) from None
+
+
+def _logit_factor(trunk: PreTrainedModel) -> float:
+    """What the model multiplies its output layer's results by (Cohere, Granite)."""
+    text = trunk.config.get_text_config(decoder=True)
+    # MPT has the first name and None.
+    return float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)

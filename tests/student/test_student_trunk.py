@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -286,6 +288,36 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     core = PretrainedCore(pretrained_core_config(tmp_path, port_every=1))
     with pytest.raises(ConfigError, match="which scales or caps"):
         load_pretrained(core, tmp_path)
+
+
+def test_a_factor_behind_the_output_layer_is_one_in_front_of_it(tmp_path):
+    torch.manual_seed(0)
+    scaled = AutoModelForCausalLM.from_config(
+        CohereConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            logit_scale=0.25,
+        )
+    ).eval()
+    scaled.save_pretrained(tmp_path)
+    core = PretrainedCore(pretrained_core_config(tmp_path, port_every=1))
+    load_pretrained(core, tmp_path)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        output = core.eval()(ids, output_hidden_states=True)
+        torch.testing.assert_close(output.logits, scaled(ids).logits)
+        torch.testing.assert_close(core.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_a_recurrent_model_is_refused_with_the_reason(tmp_path):
+    MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"found mamba in .*, which is recurrent") as caught:
+        pretrained_core_config(tmp_path, port_every=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_positions_of_a_trunk_are_those_of_its_own_configuration(folder, tmp_path):

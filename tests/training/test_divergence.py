@@ -879,3 +879,23 @@ def test_top_k_that_cannot_be_a_teachers_answer_is_refused(mask: Tensor) -> None
         topk_tail_kl(student, torch.zeros_like(ids), logprobs, mask, **settings)
     with pytest.raises(ValueError, match="log_softmax"):
         topk_tail_kl(student, ids, teacher.gather(-1, ids), mask, **settings)
+
+
+@pytest.mark.parametrize("count", [math.inf, math.nan, 0.5, 0, -3])
+def test_a_count_of_scored_tokens_is_finite_and_at_least_1(count):
+    logits = torch.randn(1, 3, 5)
+    with pytest.raises(ValueError, match="num_loss_tokens: expected the scored positions"):
+        forward_kl(logits, logits, torch.ones(1, 3), num_loss_tokens=count, temperature=1.0)
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, math.nan, math.inf])
+def test_a_mask_of_weights_is_refused_and_one_of_zeros_and_ones_selects(value):
+    student, teacher = torch.randn(2, 1, 3, 5)
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    setting = {"num_loss_tokens": 2, "temperature": 1.0}
+    assert torch.equal(
+        forward_kl(student, teacher, mask, **setting), forward_kl(student, teacher, mask.bool(), **setting)
+    )
+    mask[0, 1] = value
+    with pytest.raises(ValueError, match="loss mask: expected bool, or only 0 and 1"):
+        forward_kl(student, teacher, mask, **setting)
