@@ -52,7 +52,7 @@ from nexus.towers.diffusion import Denoiser
 from nexus.towers.encoder import encoder_of
 from nexus.towers.experts import spilling
 from nexus.towers.gptq import GptqConfig, GptqLinear, packed_matrices, place_packed, refuse_damaged
-from nexus.towers.memory import require_memory
+from nexus.towers.memory import available_bytes, require_memory
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
@@ -155,8 +155,21 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     """Load the teacher of `spec`; `quantise=False` gives the floating-point original (for the quantisation tax).
 
     Raises:
-        TowerLoadError: files that are not what the spec demands.
+        TowerLoadError: files that are not what the spec demands, or too little memory for them.
     """
+    try:
+        return _load(spec, device, quantise=quantise)
+    except MemoryError:
+        # Opening a file of weights takes as many addresses as it has bytes, before anything of it is read.
+        need = sum(path.stat().st_size for path in Path(spec.path).glob("**/*.safetensors"))
+        have = available_bytes(torch.device("cpu"))
+    raise TowerLoadError(
+        f"Expected {need / 2**30:.2f} GiB of memory to open the weights of teacher {spec.id!r}, found {have / 2**30:.2f} GiB free. "
+        "Free some, raise the limit of this process (ulimit -v), or choose a machine with more memory."
+    )
+
+
+def _load(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
     if spec.library in ENVIRONMENTS:
         raise TowerLoadError(
             f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found one of {spec.library}, "
