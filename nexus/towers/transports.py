@@ -20,6 +20,7 @@ from nexus.towers.targets import (
     SampledTargets,
     ScoreRequest,
     TokenDistributions,
+    TokensAlone,
     TokenTargets,
 )
 
@@ -38,7 +39,7 @@ def keep_columns(
     """What has to be kept of some rows until the whole request is known.
 
     Args:
-        logits_NV: any float type; divided by the request's temperature and normalised in float32. Not needed by the transport hidden.
+        logits_NV: any float type; divided by the request's temperature and normalised in float32. Not needed by hidden and none.
         states_NH: what the output head reads; needed by the transports hidden and auto.
         row_ids: of the rows that the N tokens belong to, one after the other.
         counts: tokens of each of them.
@@ -52,8 +53,10 @@ def keep_columns(
         assert states_NH is not None, "these transports need the states that the head reads"
         columns["states"] = states_NH.float()
         finite.append(torch.isfinite(states_NH).all(dim=-1))
+    if request.transport == "none":
+        return {}, torch.ones(sum(counts), dtype=torch.bool)
     if request.transport != "hidden":
-        assert logits_NV is not None, "all transports but hidden need logits"
+        assert logits_NV is not None, "all other transports need logits"
         logprobs, finite_N = _logit_columns(logits_NV, request, row_ids, counts)
         columns |= logprobs
         finite.append(finite_N)
@@ -87,6 +90,8 @@ def to_targets(
     vocabulary_size: int,
 ) -> TokenDistributions:
     """The reply's distributions from the columns of all rows; `auto` is decided here, on all of them together."""
+    if request.transport == "none":
+        return TokensAlone(offsets_B1, token_ids_N)
     if request.transport == "hidden":
         return HiddenTargets(offsets_B1, token_ids_N, columns["states"])
     if request.transport == "full":

@@ -437,6 +437,23 @@ def test_weights_of_another_student_are_refused_by_name(run_dir, teachers, engin
         load_trained(loop.objective, {key: tensor for key, tensor in weights.items() if key != name})
 
 
+def test_a_transport_of_a_teacher_with_another_tokenizer_is_refused(run_dir, teachers, engines):
+    config = _config("teachers.sample-code.transport=full")
+    with pytest.raises(ConfigError, match=r"transport of teacher 'sample-code'.*found full, which has no effect"):
+        _loop(config, run_dir, teachers, engines, taught=False)
+
+
+def test_more_kept_ids_than_any_vocabulary_has_are_refused(run_dir, teachers, engines):
+    with pytest.raises(ConfigError, match=r"distill\.top_k: expected at most the \d+ ids .* found 1000000"):
+        _loop(_config("distill.top_k=1000000"), run_dir, teachers, engines, taught=False)
+
+
+def test_labelled_rows_without_weight_are_not_read(run_dir, teachers, engines):
+    config = _config("distill.gold_weight=0.0", "distill.labelled_batch_size=4", "distill.labels_only=false")
+    loop, _ = _loop(config, run_dir, teachers, engines)
+    assert not loop.batches.peek(0).labelled
+
+
 def test_a_weight_of_answers_that_no_teacher_needs_is_refused(run_dir, teachers, engines):
     shared = tuple(replace(teacher, shares_tokenizer=True) for teacher in teachers)
     with pytest.raises(ConfigError, match="response_weight: expected the default"):
