@@ -25,7 +25,8 @@ OK = {
     "qwen2.5-coder-7b": (0.6, ("tokens", "hidden", "text")),
     "translategemma-4b": (0.6, ("tokens", "hidden", "text", "media")),
     "gemma-scope-2-27b": (0.6, ("features",)),
-    "qwen2.5-omni-7b": (None, ("tokens", "hidden", "text")),
+    # As published: in GPTQ already.
+    "qwen2.5-omni-7b": (0.2, ("tokens", "hidden", "text")),
     "qwen3-omni-30b": (0.75, ("tokens", "hidden", "text")),
     "siglip2-so400m": (0.5, ("hidden", "embedding")),
     "videomae-large": (0.7, ("hidden", "embedding")),
