@@ -171,7 +171,12 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 def _weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = sorted({folder / str(name) for name in read_json(index).get("weight_map", {}).values()})
+        weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict):
+            raise TowerLoadError(
+                f"Expected weight_map in {index} to map tensors to files, found a {type(weight_map).__name__}. Fetch the file again."
+            )
+        shards = sorted({folder / str(name) for name in weight_map.values()})
         for shard in shards:
             if not shard.is_file():
                 raise TowerLoadError(f"Expected the shard {shard}, found no such file. Fetch the checkpoint again.")

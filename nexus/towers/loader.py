@@ -254,11 +254,19 @@ def _load_sae(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what turns text into ids: vocabulary, merges, normaliser and splitter.
+    """SHA-256 of what turns text into ids: vocabulary, merges, normaliser, splitter, and the added tokens cut out before these.
 
-    Templates, special-token roles, truncation and padding are not part of it: they change which text is tokenised, not how.
+    Templates, special-token roles, truncation and padding are not part of it: they change which text is tokenised, not how. Nor is
+    the post-processor, which only sets tokens around a text.
     """
-    rules: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    rules: dict[str, Any] = {
+        "vocabulary": tokenizer.get_vocab(),
+        # A word of the vocabulary that is also an added token is cut out of longer words.
+        "added": [
+            [index, token.content, token.single_word, token.lstrip, token.rstrip, token.normalized]
+            for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        ],
+    }
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         rules.update({part: backend[part] for part in ("model", "normalizer", "pre_tokenizer")})
@@ -321,6 +329,10 @@ def _device(device: str) -> torch.device:
 def _model_class(spec: TeacherSpec, checkpoint: Checkpoint) -> Any:
     """A subclass of PreTrainedModel, or the Auto class that runs the code of an allow-listed checkpoint."""
     named = checkpoint.config.get("architectures") or []
+    if not isinstance(named, list):
+        raise TowerLoadError(
+            f"Expected a list as `architectures` in config.json of teacher {spec.id!r}, found {named!r}. Write [{json.dumps(named)}]."
+        )
     name = spec.model_class or (named[0] if named else None)
     if name is None:
         raise TowerLoadError(

@@ -8,6 +8,7 @@ holds what it and transformers leave to the caller:
   classification head;
 * bitsandbytes is silently wrong on CPUs when the last dimension is no multiple of its block (weight error .39 at 48 columns, .09
   at 64), so such matrices are refused and every error is measured;
+* a router decides by small differences between few numbers, and nothing protects those that are an `nn.Linear`;
 * experts fused into 3-D parameters are no `nn.Linear` and stay in floating point without a word: experts.py packs them, and the
   quantised share is gated;
 * on CPUs with AVX-512 BF16, bitsandbytes repacks the weights in the first forward, drops double quantisation and computes in
@@ -17,6 +18,7 @@ holds what it and transformers leave to the caller:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +40,9 @@ from nexus.towers.gptq import GptqLinear
 VERIFIED_PARAMETERS = 2 * 10**9
 """Above this many quantised parameters, an evenly spaced choice of matrices is compared with the originals, and at least one of
 every shape: reading all of a 30B checkpoint twice would double its loading time. A wrong kernel fails on every matrix of a shape."""
+
+ROUTER_NAMES = {"router", "shared_expert_gate"}
+"""Parts of the path to a router in the models of transformers whose experts are not a module of that name."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class QuantisationPlan:
     """Names of the modules whose weight is quantised."""
     experts: tuple[str, ...] = ()
     """Names of the fused experts whose stacks are quantised."""
+    routers: tuple[str, ...] = ()
+    """Names of the linear routers of experts, which stay in floating point."""
 
 
 NOTHING_QUANTISED = QuantisationPlan((), ())
@@ -108,8 +115,8 @@ def plan_quantisation(
 
     Args:
         skeleton: the model in floating point; may lie on the meta device. The output heads of a model of transformers are kept in
-            floating point; other models name theirs in `skip_modules`.
-        skip_modules: kept in floating point besides the output heads.
+            floating point, and so are the routers of all models; other models name their heads in `skip_modules`.
+        skip_modules: kept in floating point besides output heads and routers.
         min_coverage: smallest share of parameters in NF4.
 
     Raises:
@@ -133,7 +140,10 @@ def plan_quantisation(
     if isinstance(skeleton, PreTrainedModel):
         heads = {*get_keys_to_not_convert(skeleton), *classification_heads(skeleton)}
     in_float = getattr(skeleton, "_keep_in_fp32_modules", None) or ()
-    keep = sorted({*heads, *skip_modules, *in_float})
+    routers = router_names(skeleton)
+    # One pattern for all layers, since every pattern is tried on every module.
+    routed = {re.sub(r"\.\d+\.", r".\\d+.", name) for name in routers}
+    keep = sorted({*heads, *skip_modules, *in_float, *routed})
     matrices = tuple(name for name in linears if should_convert_module(name, keep))
     reached = tuple(name for name in experts if should_convert_module(name, keep))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -156,7 +166,7 @@ def plan_quantisation(
                 f"teacher {teacher_id!r}, which bitsandbytes stores wrongly on CPUs. Add it to the teacher's skip_modules."
             )
     _require_share(quantised, total, min_coverage, _largest_left(skeleton, {*matrices, *reached}), teacher_id)
-    return QuantisationPlan(tuple(keep), matrices, reached)
+    return QuantisationPlan(tuple(keep), matrices, reached, routers)
 
 
 def require_quantised(
@@ -325,6 +335,31 @@ def classification_heads(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def router_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear modules that choose experts, or weigh a shared one.
+
+    By their place: beside the experts, with an output for each of them or a single one. By their name: where a model keeps its
+    experts in another form.
+    """
+    found = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ROUTER_NAMES & set(name.split("."))
+    }
+    for prefix, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        count = len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "num_experts", None)
+        inside = {id(part) for part in experts.modules()}
+        found |= {
+            f"{prefix}.{name}"
+            for name, part in module.named_modules()
+            if isinstance(part, nn.Linear) and id(part) not in inside and part.out_features in (1, count)
+        }
+    return tuple(name for name, _ in model.named_modules() if name in found)
+
+
 def _measure_experts(name: str, module: nn.Module, teacher_id: str) -> list[ModuleCoverage]:
     if not isinstance(module, NF4Experts):
         raise TowerLoadError(
@@ -406,6 +441,8 @@ def _weight_error(name: str, module: Any, original: Callable[[str], Tensor | Non
 def _reason(name: str, module: nn.Module, plan: QuantisationPlan) -> str:
     if name in plan.matrices or isinstance(module, GptqLinear):
         return "bias"
+    if name in plan.routers:
+        return "router"
     if not isinstance(module, nn.Linear | Conv1D):
         return f"{type(module).__name__} is not linear"
     return "subclass of Linear" if should_convert_module(name, list(plan.keep)) else "output head or skipped by policy"

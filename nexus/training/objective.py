@@ -1,7 +1,7 @@
 """What one optimizer step asks of the student: a distillation loss per teacher and a cross-entropy on labelled rows.
 
 For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
-KD_t depends on what the teacher gives:
+KD_t depends on what the teacher gives (T^2 is left out where the configuration says so):
 - a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL), or T^2 KL(teacher || student), at every token of its own
   answer, on its top-k and tail, its whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of
   KL(teacher || student), because the mix has none;
@@ -104,6 +104,7 @@ class DistillationObjective(nn.Module):
         top_k: int,
         response_weight: float,
         max_length: int,
+        temperature_squared: bool = True,
         divergence: Divergence = "mix",
         precision: Literal["float32", "bfloat16"] = "float32",
         standardise: Standardisation = "scale",
@@ -113,6 +114,7 @@ class DistillationObjective(nn.Module):
     ) -> None:
         """
         Args:
+            temperature_squared: multiply the divergences of tempered distributions by T^2.
             divergence: of the token distributions; draws have only the forward KL.
             precision: of the student's passes; bfloat16 runs them under autocast.
             standardise: what makes the teachers' features comparable.
@@ -126,6 +128,8 @@ class DistillationObjective(nn.Module):
         self.teachers = {teacher.id: teacher for teacher in teachers}
         self.capabilities = {capability.name: capability for capability in capabilities}
         self._temperature = temperature
+        # What `kd_loss` squares.
+        self._factor = temperature if temperature_squared else 1.0
         self._top_k = top_k
         self._response_weight = response_weight
         self._max_length = max_length
@@ -253,12 +257,12 @@ class DistillationObjective(nn.Module):
             assert targets.label_logprobs_BC is not None
             divergence = tokens * self._classifier_divergence(teacher, passed, targets)
             divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
-            kd = kd_loss(divergence, temperature=self._temperature)
+            kd = kd_loss(divergence, temperature=self._factor)
         elif _is_feature_only(teacher):
             kd = passed.states[0].new_zeros(())
         elif teacher.shares_tokenizer:
             assert targets is not None
-            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
+            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._factor)
         else:
             kd = tokens * self._response_weight * passed.cross_entropy()
             if teacher.id in self._aligners:
@@ -367,6 +371,7 @@ class DistillationObjective(nn.Module):
                 num_loss_tokens=count,
                 temperature=self._temperature,
             )
+        assert isinstance(tokens, TokenTargets), "a teacher of the student's tokenizer is asked for its distributions"
         ids_NK, logprobs_NK = self._array(tokens.ids_NK).long(), self._array(tokens.logprobs_NK)
         tail_N = self._array(tokens.tail_logprob_N)
         if self._divergence == "forward_kl":

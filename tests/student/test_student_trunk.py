@@ -291,6 +291,10 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
 def test_the_positions_of_a_trunk_are_those_of_its_own_configuration(folder, tmp_path):
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     assert student_positions(load_config(quickstart, [f"student.trunk={folder}", "student.tokenizer=null"])) == 64
+    FAMILIES["gpt2"].save_pretrained(tmp_path / "gpt2")
+    assert (
+        student_positions(load_config(quickstart, [f"student.trunk={tmp_path}/gpt2", "student.tokenizer=null"])) == 64
+    )
     missing = load_config(quickstart, [f"student.trunk={tmp_path}", "student.tokenizer=null"])
     with pytest.raises(ConfigError, match=r"max_position_embeddings at student.trunk"):
         student_positions(missing)

@@ -46,6 +46,16 @@ def test_an_index_without_shards_falls_back_to_the_single_file(tmp_path: Path) -
     assert list(open_checkpoint(tmp_path).weights) == ["w"]
 
 
+@pytest.mark.parametrize("weight_map", [["a"], "a", None])
+def test_an_index_that_maps_nothing_is_refused_by_its_name(tmp_path: Path, weight_map: Any) -> None:
+    make(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        TowerLoadError, match=r"weight_map in .*model\.safetensors\.index\.json .*, found a \w+\. Fetch"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(TowerLoadError, match="found no such folder"):
         open_checkpoint(tmp_path / "none")

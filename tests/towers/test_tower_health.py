@@ -19,7 +19,7 @@ from nexus.towers.health import (
     check_reply,
     check_targets,
 )
-from nexus.towers.targets import FullTargets, SparseTargets, TeacherTargets, TokenTargets
+from nexus.towers.targets import FullTargets, SparseTargets, TeacherTargets, TokensAlone, TokenTargets
 
 V = 50
 TOKENS = TokenTargets(
@@ -51,6 +51,7 @@ def test_a_sound_reply_passes() -> None:
     check_targets(
         replace(GOOD, tokens=None, features=None, pooled_BE=None, label_logprobs_BC=None), vocabulary_size=None
     )
+    check_targets(replace(GOOD, tokens=TokensAlone(TOKENS.offsets_B1, TOKENS.token_ids_N)), vocabulary_size=V)
 
 
 def uniform(tokens: int) -> TokenTargets:

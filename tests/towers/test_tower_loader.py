@@ -13,6 +13,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import pytest
+import tokenizers
 import torch
 import transformers.dynamic_module_utils
 from safetensors.torch import load_file, save_file
@@ -223,6 +224,23 @@ def test_tokenizer_hash_is_that_of_the_mapping_and_not_of_its_use(
     assert tokenizer_hash(again) != digest
 
 
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip", "normalized"])
+def test_tokenizers_that_differ_in_their_added_tokens_alone_have_different_hashes(
+    make_tokenizer: Callable[..., Any], flag: str
+) -> None:
+    plain, whole, other = make_tokenizer(), make_tokenizer(), make_tokenizer()
+    for tokenizer in (plain, whole, other):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend["model"]["vocab"]["ab"] = len(tokenizer)
+        tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(backend))
+    # The word is in every vocabulary, at one place; only where it is an added token is it ever found.
+    whole.add_tokens([transformers.AddedToken("ab", normalized=False)])
+    other.add_tokens([transformers.AddedToken("ab", **{"normalized": False, flag: True})])
+    assert plain.get_vocab() == whole.get_vocab() == other.get_vocab()
+    assert plain("xabx")["input_ids"] != whole("xabx")["input_ids"]
+    assert len({tokenizer_hash(plain), tokenizer_hash(whole), tokenizer_hash(other)}) == 3
+
+
 def test_tokenizer_hash_of_a_tokenizer_without_a_rust_backend() -> None:
     class Letters(transformers.PreTrainedTokenizer):  # type: ignore[misc]
         """The smallest tokenizer in plain Python."""
@@ -269,6 +287,16 @@ def test_a_language_model_is_no_encoder(qwen_folder: Path, spec_of: Callable[...
 def test_a_checkpoint_without_a_class_is_refused(copy: Path, spec_of: Callable[..., TeacherSpec]) -> None:
     rewrite(copy, architectures=None)
     with pytest.raises(TowerLoadError, match=r"`architectures` in config\.json"):
+        load_tower(spec_of(copy))
+
+
+def test_a_class_that_is_named_outside_a_list_is_refused_with_what_to_write(
+    copy: Path, spec_of: Callable[..., TeacherSpec]
+) -> None:
+    rewrite(copy, architectures="Qwen3ForCausalLM")
+    with pytest.raises(
+        TowerLoadError, match=r"list as `architectures`.*found 'Qwen3ForCausalLM'. Write \[\"Qwen3ForCausalLM\"\]"
+    ):
         load_tower(spec_of(copy))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -252,6 +253,51 @@ def test_the_experts_of_mixtral_and_the_matrices_of_clip_are_reached(text_config
     clip = on_meta(CLIPVisionModel, CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
     linear = {name for name, module in clip.named_modules() if type(module) is torch.nn.Linear}
     assert set(plan(clip, min_coverage=0.7).matrices) == linear
+
+
+@pytest.mark.parametrize(
+    ("model_class", "sizes", "routers"),
+    [
+        ("HunYuanMoEV1ForCausalLM", {"num_experts": 4, "moe_topk": 2}, ["gate.wg"]),
+        ("Qwen2MoeForCausalLM", {**MOE, "shared_expert_intermediate_size": 64}, ["shared_expert_gate"]),
+        ("JetMoeForCausalLM", {"kv_channels": 16, "num_local_experts": 4}, ["router.layer", "experts.router.layer"]),
+        ("Qwen3MoeForCausalLM", MOE, []),
+        ("Qwen3ForCausalLM", {}, []),
+    ],
+)
+def test_routers_stay_in_floating_point_and_nothing_else_does_for_them(
+    text_config: dict[str, Any], model_class: str, sizes: dict[str, Any], routers: list[str]
+) -> None:
+    found: Any = getattr(transformers, model_class)
+    model = on_meta(found, found.config_class(**{**text_config, **sizes}))
+    planned = plan(model, min_coverage=0.0)
+    assert {name.split(".", 4)[-1] for name in planned.routers} == set(routers)
+    assert len(planned.routers) == 3 * len(routers)
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert linear - set(planned.matrices) == {*planned.routers, "lm_head"}
+
+
+def test_routers_beside_a_list_of_experts_are_known_by_their_number_of_outputs() -> None:
+    block = torch.nn.Module()
+    block.experts = torch.nn.ModuleList(torch.nn.Linear(64, 3) for _ in range(3))
+    block.choose, block.weigh, block.other = (torch.nn.Linear(64, size) for size in (3, 1, 64))
+    model = torch.nn.ModuleDict({"block": block})
+    planned = plan(model, min_coverage=0.0)
+    assert planned.routers == ("block.choose", "block.weigh")
+    assert set(planned.matrices) == {"block.experts.0", "block.experts.1", "block.experts.2", "block.other"}
+
+
+def test_a_routers_reason_is_that_it_is_one(
+    save: Callable[..., Path],
+    make_tokenizer: Callable[..., Any],
+    text_config: dict[str, Any],
+    spec_of: Callable[..., Any],
+) -> None:
+    config = transformers.Qwen2MoeConfig(**text_config, **MOE, shared_expert_intermediate_size=64)
+    folder = save(transformers.Qwen2MoeForCausalLM(config), make_tokenizer())
+    tower = load_tower(spec_of(folder, min_coverage=0.5), device="cpu")
+    assert tower.coverage.left_float["model.layers.1.mlp.shared_expert_gate"] == "router"
+    assert type(tower.model.model.layers[1].mlp.shared_expert_gate) is torch.nn.Linear
 
 
 def test_experts_that_the_policy_leaves_in_floating_point_are_gated_by_the_share(text_config: dict[str, Any]) -> None:
