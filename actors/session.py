@@ -290,6 +290,7 @@ class Session:
         from nexus.config import resolve_path
         from nexus.data.loader import iter_records
 
+        check_trained(self.config)
         self._check_positions()
         if self.target.mode == "local":
             check_device(self.config, torch.cuda.device_count(), "this machine, where a local Ray starts")
@@ -432,6 +433,29 @@ class Session:
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.cluster.node_id, soft=False),
         }
+
+
+def check_trained(config: RunConfig) -> None:
+    """Refuse a student that has nothing to train on, at its first step or at any.
+
+    Raises:
+        ConfigError: naming the setting and the remedy.
+    """
+    distill = config.distill
+    if distill.gold_weight and any(source.labelled for source in config.data):
+        return
+    if distill.labels_only:
+        raise ConfigError(
+            f"Expected labelled rows and distill.gold_weight above 0 for the student of distill.labels_only, found the weight "
+            f"{distill.gold_weight} and {sum(bool(source.labelled) for source in config.data)} capabilities with labelled rows. "
+            "Add labelled files, or set distill.labels_only to false."
+        )
+    first = min(teacher.start_step for teacher in config.teachers)
+    if first:
+        raise ConfigError(
+            f"Expected a teacher from the first step on, because no labelled row trains the student, found the earliest start_step "
+            f"{first}. Leave it out of one teacher."
+        )
 
 
 def check_device(config: RunConfig, num_gpus: int, where: str) -> None:

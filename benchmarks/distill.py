@@ -1,20 +1,23 @@
 """Distillation speed, every ratio against its baseline in the same run: a plain loop, TRL's GKD trainer, live and cached teachers.
 
     python benchmarks/distill.py [--json FILE] [--steps 40] [--rounds 5] [--trl-python PYTHON] [--only NAME ...] [--work DIR]
+                                 [--peers-keep-memory]
 
 The task: a Qwen3 teacher (4 layers of 128) trained on the sources of this Python's standard library in 4,096 tokens, and a student
 of 2 layers of 64. Every contender gets the same saved teacher in float32, the same initial student (`NexusStudentCore`), the same
 rows in the same order (8 of 128 tokens a step), forward KL at temperature 1, AdamW with the same constants, clipping and schedule. A
-contender is a process of its own with two cores in all: two threads, or one for the student and one of each teacher's actor. Rounds
-run every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
-evaluated in between; seconds are the median over all steps of all rounds, with the least beside it and, where all work is in one
-process, the CPU seconds of its threads (where others use the machine too, their ratio is the steadier one).
+contender is a process of its own with two cores in all: two threads, or one for the student and one of each teacher. Those of nexus
+run as its actors do, with the memory settings of `actors.cluster` (freed memory is kept for the next step), the others as torch and
+TRL come, or with the same settings under --peers-keep-memory. Rounds run every contender once, each round in the opposite order of
+the one before. Five warm-up steps are dropped, nothing is logged or evaluated in between; seconds are the median over all steps of
+all rounds, with the least beside it and, where all work is in one process, the CPU seconds of its threads (where others use the
+machine too, their ratio is the steadier one).
 
 TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too;
 this folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
 
     heldout_kl_difference          nexus in process against the plain loop, nats per token on rows that nobody trained on
-    speedup_over_plain_loop        nexus in process (DistillationLoop, hidden states, one-pass divergence)
+    speedup_over_plain_loop        nexus in process (DistillationLoop, the teacher in a thread beside it, one-pass divergence)
     speedup_over_trl_gkd           the same over trl.experimental.gkd.GKDTrainer (lmbda 0, beta 0)
     live_ray_speedup_over_trl_gkd  the teacher as a Ray actor on the same two cores
     cached_epoch_speedup           an epoch from cached top-k targets over a live epoch of the same
@@ -49,13 +52,15 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, BATCH = 4096, 128, 8
 WARM_UP = 5
-TEACHER_STEPS = 200
+TEACHER_STEPS = 120
 """Enough for a teacher that prefers some tokens; what it knows is not measured here."""
 HELD_OUT_ROWS = 64
 LEARNING_RATE, FINAL_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.02, 0.01, 1.0
 SLOW = (0.5, 1.0, 2.0, 4.0)
 """Times of a slowed teacher, in steps of the student."""
 TEACHER = "stdlib"
+PEERS = ("plain", "trl", "trl_loss", "serial4")
+"""Contenders that have nothing of nexus but the student."""
 
 
 def main() -> int:
@@ -65,6 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of training the teacher")
     parser.add_argument("--trl-python", type=Path)
+    parser.add_argument("--peers-keep-memory", action="store_true", help="give them the memory settings of nexus too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keeps the trained teacher between runs")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
@@ -219,18 +225,23 @@ def _contender(arguments: argparse.Namespace, name: str, *, factor: float = 0.0)
     is_trl = name.startswith("trl")
     python = str(arguments.trl_python) if is_trl else sys.executable
     command = [python, __file__, "--one", name, "--work", str(arguments.work), "--steps", str(arguments.steps)]
-    threads = 1 if name in ("ray", "ray4", "overlap") else 2
+    threads = 1 if name in ("nexus", "ray", "ray4", "overlap") else 2
+    environment = _environment(threads, is_peer=name in PEERS and not arguments.peers_keep_memory)
     done = subprocess.run(
-        [*command, "--factor", str(factor)], stdout=subprocess.PIPE, text=True, check=False, env=_environment(threads)
+        [*command, "--factor", str(factor)], stdout=subprocess.PIPE, text=True, check=False, env=environment
     )
     if done.returncode:
         raise SystemExit(f"{name} ended with exit code {done.returncode}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, *, is_peer: bool = False) -> dict[str, str]:
+    from actors.cluster import MALLOC_ENVIRONMENT
+
+    own = {name: value for name, value in os.environ.items() if name not in MALLOC_ENVIRONMENT}
     return {
-        **os.environ,
+        **own,
+        **({} if is_peer else MALLOC_ENVIRONMENT),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -292,7 +303,7 @@ def _prepare(work: Path, teacher_steps: int) -> None:
     train = tokens[HELD_OUT_ROWS:]
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     for step in range(teacher_steps):
-        batch = train[torch.randint(len(train), (16,), generator=torch.Generator().manual_seed(step))]
+        batch = train[torch.randint(len(train), (BATCH,), generator=torch.Generator().manual_seed(step))]
         loss = teacher(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -522,7 +533,7 @@ class _InOrder:
 
 
 class _EngineSource:
-    """Teachers of this process."""
+    """Teachers of this process, asked when their targets are needed: a live epoch of the same threads as the cached one."""
 
     def __init__(self, engines: Mapping[str, Any]) -> None:
         self._engines = engines
@@ -601,7 +612,7 @@ def _loop(
         top_k=top_k,
         response_weight=1.0,
         max_length=LENGTH,
-        divergence="forward_kl" if transport == "hidden" else "mix",
+        divergence="mix" if transport == "topk" else "forward_kl",
         transports={teacher: TokenTransport(transport) for teacher in teachers},  # type: ignore[arg-type]
         head_of=source.head,
     )
@@ -645,9 +656,14 @@ def _advance(loop: Any) -> tuple[_Clock, list[float]]:
 
 
 def _nexus(arguments: argparse.Namespace) -> dict[str, Any]:
+    from nexus.training.sources import EngineSource
+
     task, engine = _task(arguments), _engine(arguments)
-    loop = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), window=1)
+    source = EngineSource({TEACHER: engine})
+    # Whole distributions cost nothing to move within a process, and the head over them is the teacher's work then.
+    loop = _loop(arguments, task, engine.fingerprint, source, transport="full")
     clock, _ = _advance(loop)
+    source.close()
     return _result(clock, loop.objective.student.core, engine.tower.model, task["tokens"])
 
 
@@ -749,13 +765,14 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
 def _overlapped(arguments: argparse.Namespace) -> dict[str, Any]:
     """A teacher that takes `factor` steps of the student; the student alone is measured first, on targets that are there."""
     task, engine = _task(arguments), _engine(arguments)
-    alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}), transport="topk")
+    # Hidden states: to choose the best ids of every token alone takes the teacher longer than half a step of the student.
+    alone = _loop(arguments, task, engine.fingerprint, _EngineSource({TEACHER: engine}))
     clock, waits = _advance(alone)
     student = statistics.median(step - wait for step, wait in zip(clock.steps()["seconds"], waits, strict=True))
     with _ray_pool(arguments, [TEACHER], {TEACHER: arguments.factor * student}) as (pool, reports):
         from actors.trainer import PoolSource
 
-        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool), transport="topk")
+        loop = _loop(arguments, task, reports[TEACHER].fingerprint, PoolSource(pool))
         clock, waits = _advance(loop)
         pool.submit("seconds", TEACHER, "seconds")
         taken = pool.collect("seconds")

@@ -1,14 +1,17 @@
 """What loading and asking a teacher costs: the quantised cache, bits and memory, the wire, and streaming against memory.
 
-Run as `python benchmarks/teachers.py [--parameters N] [--only load|experts|wire|streamed]`. Every load is a process of its own, so
-that its peak is its own; imports are not counted. Each line prints the figure beside its baseline from the same run; the exit code
-is 1 when one misses what is promised of it.
+Run as `python benchmarks/teachers.py [--parameters N] [--only SECTION]`. Every load is a process of its own,
+so that its peak is its own; imports are not counted. Each line prints the figure beside its baseline from the same run; the exit
+code is 1 when one misses what is promised of it.
 
 load      a dense model: first load (quantises) against second (reads the cache), equal logits, bits per quantised parameter, and the
           largest resident memory above that of the idle process against the quantised size and two shards
 experts   the same for a mixture of experts, whose stacks are 1,024 x 1,024 and more
 wire      64 ids and log-probabilities of a token: columns against Python lists, and bytes per token by vocabulary
 streamed  a model run block by block under a hard limit of its address space, against the same model in memory
+busy      share of the time in which a teacher's actor computes while extraction streams rows to it, from its first answer to its last
+          and by its own clock, against asking for one batch after the other
+process   what a teacher's process takes before it has loaded anything, as its actor imports its libraries, against a plain import
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ MAX_LOAD_SHARE = 0.2
 MAX_BITS = 4.2
 MIN_WIRE_FACTOR = 50.0
 MAX_BYTES_PER_TOKEN = 280.0
+MIN_BUSY = 0.9
+MIN_BATCH_S = 0.2
 
 WRITE = """
 import json, sys, torch, transformers
@@ -96,6 +101,18 @@ result.update(
     digest=hashlib.sha256(tokens.ids_NK.tobytes() + tokens.logprobs_NK.tobytes()).hexdigest(),
 )
 print(json.dumps(result))
+"""
+
+PROCESS = """
+import json, sys, time
+from contextlib import nullcontext
+from actors.memory import private_bytes
+from nexus.towers.lean import lean_imports
+
+start = time.process_time()
+with lean_imports() if sys.argv[1] == "1" else nullcontext():
+    import nexus.towers.engine
+print(json.dumps({"seconds": time.process_time() - start, "private": private_bytes()}))
 """
 
 DENSE = {
@@ -238,11 +255,81 @@ def measure_streamed(arguments: argparse.Namespace) -> bool:
     return equal and "GiB of memory" in packing["in_memory"]
 
 
+def measure_busy(arguments: argparse.Namespace) -> bool:
+    from actors.cluster import connect, prepare_environment, resolve_cluster
+
+    target = resolve_cluster("local")
+    prepare_environment(target)
+    connect(target, namespace="busy", num_cpus=4, object_store_mib=128, torch_threads=1, dashboard=False)
+    import ray
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        _run(WRITE, folder, "Qwen3ForCausalLM", json.dumps({**DENSE, "num_hidden_layers": 2}), SHARD_BYTES)
+        found = _busy_shares(folder, Path(scratch), batches=24, rows=8)
+    ray.shutdown()
+    (streamed, batch_s), (one_by_one, _) = found
+    print(
+        f"busy: a teacher that computes {batch_s * 1000:.0f} ms for a batch (at least {MIN_BATCH_S * 1000:.0f} are meant)"
+    )
+    print(
+        f"  busy {streamed:.1%} of the time while extraction streams to it (promised {MIN_BUSY:.0%}) against {one_by_one:.1%} when "
+        "one batch is read, asked and written after the other"
+    )
+    return streamed >= MIN_BUSY and batch_s >= MIN_BATCH_S
+
+
+def _busy_shares(folder: Path, scratch: Path, *, batches: int, rows: int) -> list[tuple[float, float]]:
+    """(share, seconds of a batch) of extraction's stream, then of one batch after the other."""
+    from actors.dataflow import TeacherWork, stream_answers
+    from actors.pool import TeacherPool
+    from nexus.data.loader import iter_records
+    from nexus.data.targets import TargetWriter
+    from nexus.towers.registry import TeacherSpec
+
+    path = scratch / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"what is {n} and {n}"}) + "\n" for n in range(batches * rows)))
+    found = []
+    # A teacher of its own for each: an actor tells its share over all calls of one kind.
+    for name in ("streamed", "one-by-one"):
+        spec = TeacherSpec(id=name, path=str(folder), revision=None, role="causal_lm")
+        pool, _ = TeacherPool.start([spec], torch_threads=1, window=2, timeout_s=600, max_retries=1, load_timeout_s=600)
+        writer = TargetWriter(scratch / name, capability="text", fingerprint="f", rows_per_file=4 * rows)
+        if name == "streamed":
+            work = TeacherWork(name, "text", (str(path),), 0, None, "answer", (8, None), rows)
+            for answer in stream_answers(
+                [work], pool=pool, quarantine_dir=scratch / "quarantine", max_bad_share=0.0, timeout_s=600, name=name
+            ):
+                writer.write(answer.records, answer.result, answer.positions)
+        else:
+            records = list(iter_records([path], capability="text", quarantine=None))
+            for start in range(0, len(records), rows):
+                pool.submit(start, name, "answer", records[start : start + rows], 8, None)
+                writer.write(records[start : start + rows], pool.collect(start))
+        writer.finish()
+        health = pool.health(name, timeout_s=60)
+        share = pool.busy_share(name)
+        assert share is not None, "it has answered more than twice"
+        found.append((share, health.busy_seconds / health.calls))
+    return found
+
+
+def measure_process(_arguments: argparse.Namespace) -> bool:
+    plain, lean = (_run(PROCESS, flag) for flag in (0, 1))
+    print(
+        f"process: {lean['private'] / MIB:.0f} MiB of private memory and {lean['seconds']:.1f} s of one core to import against "
+        f"{plain['private'] / MIB:.0f} MiB and {plain['seconds']:.1f} s by a plain import"
+    )
+    return lean["private"] < plain["private"]
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "load": measure_load,
     "experts": measure_experts,
     "wire": measure_wire,
     "streamed": measure_streamed,
+    "busy": measure_busy,
+    "process": measure_process,
 }
 
 

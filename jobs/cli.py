@@ -554,25 +554,45 @@ def teachers_tax(
         str | None,
         typer.Option("--teachers", metavar="ID,ID", help="Only these of the run. Default: all.", show_default=False),
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out rows of each capability.")] = 64,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Held-out rows of each capability. Default: 64.", show_default=False),
+    ] = None,
+    registry: Annotated[
+        bool, typer.Option("--registry", help="The registry's teachers of every role, on fixed inputs.")
+    ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="As --registry, each built tiny first.")] = False,
     models_dir: ModelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what NF4 costs a run's teachers on held-out rows.
 
-    KL(original || NF4) per token, agreement of the most probable token or label, scores of both; cosine for embeddings.
+    KL(original || NF4) per token, agreement of the most probable token or label, scores of both; cosine for embeddings. With
+    --registry or --tiny also of sae features, noise predictions and reconstructions, which no run scores.
     """
     from dataclasses import asdict
 
     from jobs.execute import load_run_config
-    from jobs.tax import measure_taxes, render_tax
+    from jobs.tax import measure_taxes, registry_taxes, render_tax
     from jobs.teachers import quiet_libraries
 
-    run, source, note = load_run_config(config, tuple(overrides or ()))
-    typer.echo(f"configuration {source}{note}", err=True)
+    if registry or tiny:
+        if config is not None or overrides or max_rows is not None or (tiny and (models_dir is not None or registry)):
+            from nexus.errors import ConfigError
+
+            raise ConfigError(
+                "Expected --registry or --tiny by itself, found an option that would have no effect beside it. Leave out --config, "
+                "--set and --max-rows, and --models-dir with --tiny."
+            )
+        source = Path("--tiny" if tiny else "--registry")
+        measured = registry_taxes(_ids(teachers), tiny=tiny, models_dir=models_dir)
+    else:
+        run, source, note = load_run_config(config, tuple(overrides or ()))
+        typer.echo(f"configuration {source}{note}", err=True)
+        measured = measure_taxes(run, _ids(teachers), max_rows=max_rows or 64, models_dir=models_dir)
     quiet_libraries()
     rows = []
-    for row in measure_taxes(run, _ids(teachers), max_rows=max_rows, models_dir=models_dir):
+    for row in measured:
         rows.append(row)
         if not as_json:
             typer.echo(render_tax(row))

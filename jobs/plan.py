@@ -99,7 +99,9 @@ def _needs_of_all(
     """The student's need and those of teachers that the configuration does not name, each with so many tokens."""
     preset = shipped_config(f"student/{config.student.preset}.yaml")
     core = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]
-    return student_need(core, tokens * len(sizes)), [teacher_need(size, tokens) for size in sizes]
+    return student_need(core, tokens * len(sizes), optimizer=config.distill.optimizer), [
+        teacher_need(size, tokens) for size in sizes
+    ]
 
 
 def this_machine() -> tuple[tuple[NodeShape, ...], str]:

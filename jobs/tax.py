@@ -1,28 +1,40 @@
 """`nexus teachers tax`: what NF4 costs each teacher of a run on its held-out rows, one teacher after the other and without Ray.
 
 The measurement is the one that `nexus evaluate` writes into a run's metrics and report (nexus/towers/tax.py); this command gives it
-before anything is trained.
+before anything is trained. `registry_taxes` weighs the registry's teachers of every role instead, on the fixed inputs of the health
+probe.
 """
 
 from __future__ import annotations
 
+import gc
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nexus.assembly.evaluate import quantisation_tax, score_answers
 from nexus.config import DataConfig, RunConfig, resolve_path
 from nexus.data.loader import iter_records
-from nexus.errors import ConfigError, DataError
-from nexus.towers.registry import load_registry, nearest, resolve_teacher
+from nexus.errors import ConfigError, DataError, TowerLoadError
+from nexus.towers.probes import PROMPTS
+from nexus.towers.registry import (
+    BASE,
+    TeacherEntry,
+    load_registry,
+    nearest,
+    resolve_entry,
+    resolve_teacher,
+    spec_of_entry,
+)
 
 if TYPE_CHECKING:
     from nexus.data.records import Record
     from nexus.towers.engine import TeacherEngine
 
-COSINE_OF = "embedding"
+COSINE_OF = "cosine of embeddings"
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,12 @@ class TaxRow:
     """Of the embeddings of an encoder without labels; None for all others."""
     quantised_share: float
     max_weight_error: float
+    measure: str | None = None
+    """What was compared on fixed inputs; None for a run's rows."""
+    stored_bytes: int | None = None
+    """Of the weights as loaded; None for a run's rows."""
+    needs: str | None = None
+    """Why nothing was measured."""
 
 
 def measure_taxes(
@@ -92,16 +110,97 @@ def measure_taxes(
             yield _measure(engine, config.data_of(capability), rows[capability])
 
 
+def registry_taxes(teachers: Sequence[str], *, tiny: bool, models_dir: Path | None) -> Iterator[TaxRow]:
+    """Measure teachers of the registry on the fixed inputs of the health probe; yields a row as soon as it is known.
+
+    Args:
+        teachers: ids; empty means the whole registry.
+        tiny: built tiny first; otherwise their checkpoints must be on this machine.
+
+    Raises:
+        TowerLoadError: an unknown id, or a teacher that is on this machine and cannot be loaded.
+    """
+    from nexus.towers.check import what_it_needs
+    from nexus.vendors.environments import ENVIRONMENTS
+
+    registry = load_registry()
+    entries = [registry.get(name) for name in teachers] or list(registry.teachers)
+    # All teachers of one package are weighed in one process of its environment, whose start takes longer than they do.
+    said: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.library in ENVIRONMENTS and entry.id not in said and what_it_needs(entry, tiny=tiny) is None:
+            said |= _said_of([other for other in entries if other.library == entry.library], tiny, models_dir)
+        with tempfile.TemporaryDirectory(prefix="nexus-tax-") as scratch:
+            yield _of_registry(entry, Path(scratch) / entry.id, said.get(entry.id), tiny=tiny, models_dir=models_dir)
+        gc.collect()
+
+
+def _said_of(entries: Sequence[TeacherEntry], tiny: bool, models_dir: Path | None) -> dict[str, dict[str, Any]]:
+    """What the environment of a vendor's package says of its teachers; raises TowerLoadError for the first that failed."""
+    from nexus.towers.check import ask_environment, silent_environment
+    from nexus.vendors.check import WEIGH
+
+    asked = [(entry.id, None if tiny else resolve_entry(entry, models_dir=models_dir).path) for entry in entries]
+    documents, last = ask_environment(entries[0].library, asked, WEIGH)
+    for entry in entries:
+        said = documents.get(entry.id, {"status": "failed", "reason": silent_environment(entry.library, last)})
+        if said["status"] != "ok":
+            raise TowerLoadError(said["reason"])
+    return documents
+
+
+def _of_registry(
+    entry: TeacherEntry, scratch: Path, said: dict[str, Any] | None, *, tiny: bool, models_dir: Path | None
+) -> TaxRow:
+    from nexus.towers.check import what_it_needs
+    from nexus.towers.engine import TeacherEngine
+    from nexus.towers.loader import load_tower
+    from nexus.towers.tax import TargetTax
+    from nexus.towers.tiny import write_tiny
+
+    capability = ",".join(entry.capabilities)
+    missing = what_it_needs(entry, tiny=tiny)
+    if missing is not None:
+        return TaxRow(entry.id, capability, 0, 0, None, None, None, None, None, 0.0, 0.0, needs=missing)
+    if said is not None:
+        measured = TargetTax(**said["tax"])
+        share, error, size = said["quantised_share"], said["max_weight_error"], said["stored_bytes"]
+    else:
+        if tiny:
+            write_tiny(entry.id, scratch)
+            spec = spec_of_entry(entry, scratch, base=scratch / BASE if entry.base else None)
+        else:
+            spec = resolve_entry(entry, models_dir=models_dir)
+        engine = TeacherEngine(load_tower(spec, device="cpu" if tiny else "auto"), teacher_id=entry.id)
+        coverage = engine.tower.coverage
+        found = engine.probe_tax()
+        share, error, size = coverage.share, coverage.max_weight_error, coverage.stored_bytes
+        if found is None:
+            return TaxRow(
+                entry.id, capability, 0, 0, None, None, None, None, None, share, error,
+                stored_bytes=size, needs=f"an original to compare with: it is {coverage.method}",
+            )  # fmt: skip
+        measured = found
+    return TaxRow(
+        entry.id, capability, len(PROMPTS), measured.items, measured.mean_kl_nats, measured.top1_agreement, None, None,
+        measured.mean_cosine, share, error, measure=measured.measure, stored_bytes=size,
+    )  # fmt: skip
+
+
 def render_tax(row: TaxRow) -> str:
     """One row for people."""
+    if row.needs is not None:
+        return f"{row.teacher:<24} {row.capability:<16} needs: {row.needs}"
     parts = []
     if row.mean_kl_nats is not None:
         parts.append(f"KL {row.mean_kl_nats:.4f} nats over {row.items} items, top-1 {row.top1_agreement:.1%}")
     if row.nf4_score is not None:
         parts.append(f"score {row.float_score:.3f} -> {row.nf4_score:.3f}")
     if row.mean_cosine is not None:
-        parts.append(f"cosine {row.mean_cosine:.4f} over {row.items} {COSINE_OF}s")
+        parts.append(f"{row.measure or COSINE_OF} {row.mean_cosine:.4f} over {row.items} items")
     parts.append(f"{row.quantised_share:.0%} in NF4, weight error at most {row.max_weight_error:.3f}")
+    if row.stored_bytes is not None:
+        parts.append(f"{row.stored_bytes / 2**20:.2f} MiB")
     return f"{row.teacher:<24} {row.capability:<16} {row.rows:>4} rows  {'; '.join(parts)}"
 
 
@@ -122,6 +221,11 @@ def _measure(engine: TeacherEngine, source: DataConfig, rows: list[Record]) -> T
         return TaxRow(
             engine.teacher_id, source.capability, len(rows), len(cosines_B), None, None, None, None,
             float(cosines_B.mean()), coverage.share, coverage.max_weight_error,
+        )  # fmt: skip
+    if coverage.already is not None:
+        return TaxRow(
+            engine.teacher_id, source.capability, len(rows), 0, None, None, None, None, None, coverage.share,
+            coverage.max_weight_error, needs=f"an original to compare with: it is {coverage.method}",
         )  # fmt: skip
     measured = engine.tax(rows, max_new_tokens=source.max_new_tokens, snr_db=source.snr_db)
     golds = [row.completion if row.answer is None else row.answer for row in rows]

@@ -53,7 +53,7 @@ class _TeacherBase(ConfigSection):
     """Name of the teacher in this run; its actor is `teacher:<id>`."""
     capabilities: tuple[str, ...] = Field(min_length=1)
     """Rows of these capabilities go to this teacher."""
-    importance: Annotated[float, Field(gt=0)] | Literal["profile"] = 1.0
+    importance: Annotated[float, Field(gt=0, le=1.0e6)] | Literal["profile"] = 1.0
     """Weight among the teachers; normalised to sum 1. `profile` takes the geometric mean of the probabilities that the teacher gave
     to the right tokens (or labels) of the rows that it was profiled on: a weak teacher then has little say."""
     anchor: bool = True
@@ -265,7 +265,8 @@ class DistillConfig(ConfigSection):
     something else wants it; it needs a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the student trains; auto takes a GPU where the cluster has one. Its part of that follows cluster.placement."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak. Both kinds of optimizer move a weight by about the rate at each step, so a rate of 1 already forgets all weights."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """The learning rate after its warm-up: a half cosine, the peak with a fall at the end (wsd), or the peak."""
     warmup_steps: int = Field(20, ge=0)
@@ -274,11 +275,16 @@ class DistillConfig(ConfigSection):
     decay_share: float = Field(0.2, gt=0, le=1)
     """Of all steps: the fall of the schedule wsd."""
     weight_decay: float = Field(0.01, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
-    temperature: float = Field(2.0, gt=0)
-    """Softmax temperature of the distillation loss, for teachers and student alike."""
+    grad_clip: float = Field(1.0, ge=1.0e-6)
+    temperature: float = Field(2.0, ge=1.0e-3, le=1.0e3)
+    """Softmax temperature of the distillation loss, for teachers and student alike. Beyond its bounds distributions are one-hot or
+    uniform in float32."""
+    temperature_squared: bool = True
+    """Multiply divergences at a temperature T by T^2, which keeps their gradient, and so their balance with the other terms, the
+    same at every T (Hinton et al. 2015, arXiv 1503.02531, section 2.1). false leaves them in nats per token."""
     divergence: Divergence = "mix"
-    """Of token distributions: `mix` is half a skewed KL(teacher || student) and half a skewed KL(student || teacher), bounded."""
+    """Of token distributions: `mix` is half a skewed KL(teacher || student) and half a skewed KL(student || teacher), bounded. Draws
+    (transport sampled) have the forward KL alone."""
     transport: Transport = "topk"
     """How token distributions travel from teachers that share the student's tokenizer: `topk` (the most probable ids, and a tail
     mass), `hidden` (last hidden states; the trainer holds the teacher's output head and computes exact logits), `sampled` (unbiased
@@ -308,14 +314,14 @@ class DistillConfig(ConfigSection):
     """What makes the teachers' hidden states comparable before the student is anchored to them: `scale` centres and divides them by
     one number; `phi_s` also rotates them so that every dimension has variance 1 (PHI-S, arXiv 2410.01680), at the cost of a matrix of
     the teacher's width squared for each anchored layer."""
-    window: int = Field(3, gt=0)
+    window: int = Field(3, gt=0, le=1024)
     """Steps whose teacher targets are in flight while the student trains."""
     target_timeout_s: float = Field(120.0, gt=0)
     """Longest wait for one batch of targets before it is asked for again."""
     max_retries: int = Field(3, ge=0)
     """Repeats of one batch after a teacher died or timed out."""
     checkpoint_every: int = Field(100, gt=0)
-    accumulate: int = Field(1, gt=0)
+    accumulate: int = Field(1, gt=0, le=1024)
     """Draws of `batch_size` rows that make one optimizer step, one in memory at a time; the step equals that of the larger batch."""
     gradient_checkpointing: bool = False
     """Recompute the trunk's activations in the backward pass instead of keeping them: less memory, about a third more time."""
@@ -328,6 +334,12 @@ class DistillConfig(ConfigSection):
     recovery: RecoverySection = RecoverySection()
     labels_only: bool = True
     """Also train the same student on the labelled rows alone, for comparison."""
+
+    @model_validator(mode="after")
+    def _factor_of_a_temperature(self) -> DistillConfig:
+        reason = "temperature is 1" if self.temperature == 1 else None
+        _refuse_changed(self, "temperature_squared", "distill.temperature_squared", reason)
+        return self
 
     @model_validator(mode="after")
     def _pages_have_a_gpu(self) -> DistillConfig:
@@ -357,7 +369,7 @@ class RouterConfig(ConfigSection):
 
     steps: int = Field(300, gt=0)
     batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(3.0e-3, gt=0)
+    learning_rate: float = Field(3.0e-3, gt=0, le=1)
     max_rows: int = Field(500, gt=0)
     """Pool rows of each capability that the router learns from; a fifth of them calibrates it."""
     max_risk: float = Field(0.05, gt=0, lt=1)
@@ -372,6 +384,15 @@ class EvaluateConfig(ConfigSection):
     bootstrap: int = Field(2000, gt=0)
     num_samples: int = Field(6, ge=0)
     """Rows of each capability that the report shows side by side."""
+
+    @model_validator(mode="after")
+    def _samples_are_rows(self) -> EvaluateConfig:
+        default = EvaluateConfig.model_fields["num_samples"].default
+        if self.num_samples != default and self.num_samples > self.max_rows:
+            raise ValueError(
+                f"expected num_samples of at most max_rows ({self.max_rows}), found {self.num_samples}; lower it, or raise max_rows"
+            )
+        return self
 
 
 class ClusterConfig(ConfigSection):
@@ -501,6 +522,8 @@ class RunConfig(ConfigSection):
                     f"{self.transport_of(teacher.id)}, whose receiver asks the teacher for its output head; choose one of them"
                 )
         used = {self.transport_of(teacher.id) for teacher in self.teachers}
+        if self.distill.cross_tokenizer == "spans":
+            used.add("topk")
         for name, transport in TRANSPORT_SETTINGS.items():
             is_default = getattr(self.distill, name) == DistillConfig.model_fields[name].default
             if not is_default and transport not in used:
@@ -518,18 +541,29 @@ class RunConfig(ConfigSection):
             "anchor_end": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "standardise": None if any(teacher.anchor for teacher in self.teachers) else "no teacher is anchored",
             "gold_weight": None if any(source.labelled for source in self.data) else "no data have labelled rows",
-            "labelled_batch_size": None
-            if any(source.labelled for source in self.data)
-            else "no data have labelled rows",
+            "labelled_batch_size": "no data have labelled rows"
+            if not any(source.labelled for source in self.data)
+            else "gold_weight is 0"
+            if distill.gold_weight == 0
+            else None,
+            # A teacher of the registry may be an encoder, which its own file tells; nothing else reads the divergence then either.
+            "divergence": "all token distributions are draws, which have the forward KL alone"
+            if all(self.transport_of(teacher.id) == "sampled" for teacher in self.teachers if _may_answer(teacher))
+            else None,
         }.items():
             _refuse_changed(distill, name, f"distill.{name}", reason)
+        if distill.gold_weight == 0 and distill.labels_only and any(source.labelled for source in self.data):
+            raise ValueError(
+                "labels_only trains on the labelled rows alone, found distill.gold_weight 0, at which nothing would; set "
+                "distill.labels_only to false, or raise distill.gold_weight"
+            )
         for source in self.data:
             # A teacher of the registry may be an encoder, which its own file tells.
             reads_text = all(
                 not isinstance(teacher, RegistryTeacher) and teacher.role == "causal_lm"
                 for teacher in self.teachers_of(source.capability)
             )
-            if source.snr_db is not None and reads_text and "audio" not in source.towers:
+            if source.snr_db is not None and (reads_text or source.towers) and "audio" not in source.towers:
                 raise ValueError(
                     f"snr_db of capability {source.capability!r} has no effect without audio among its towers or an encoder among "
                     "its teachers; remove it"
@@ -546,6 +580,11 @@ class RunConfig(ConfigSection):
                 raise ValueError(
                     f"expected start_step of teacher {teacher.id!r} below distill.steps ({distill.steps}), found "
                     f"{teacher.start_step}: it would never take part; lower it"
+                )
+            if teacher.start_step + teacher.ramp_steps > distill.steps:
+                raise ValueError(
+                    f"expected start_step + ramp_steps of teacher {teacher.id!r} of at most distill.steps ({distill.steps}), found "
+                    f"{teacher.start_step} + {teacher.ramp_steps}: it would never take part in full; lower them"
                 )
         return self
 
@@ -576,6 +615,11 @@ class RunConfig(ConfigSection):
         """Hash of the named top-level sections (all of them when none is named)."""
         document = self.model_dump(mode="json")
         return fingerprint_of({key: document[key] for key in (sections or sorted(document))})
+
+
+def _may_answer(teacher: TeacherConfig) -> bool:
+    """Whether it may be a language model."""
+    return isinstance(teacher, RegistryTeacher) or teacher.role == "causal_lm"
 
 
 def _refuse_changed(section: BaseModel, name: str, place: str, reason: str | None) -> None:

@@ -216,6 +216,12 @@ def test_a_setting_of_a_transport_that_no_teacher_uses_is_refused(tmp_path, sett
     assert load_config(tmp_path / "c.yaml").fingerprint() == config.fingerprint()
 
 
+def test_spans_read_top_k_whatever_the_other_transports_are():
+    document = _document()
+    document["distill"].update(transport="hidden", cross_tokenizer="spans", top_k=8)
+    assert parse_config(document, source="x").distill.top_k == 8
+
+
 def test_a_transport_of_an_encoder_is_refused():
     document = _document()
     document["teachers"][2]["transport"] = "hidden"
@@ -259,6 +265,15 @@ def test_a_cache_that_is_off_has_no_limit_and_no_streamed_teachers(tmp_path):
         (
             {"distill.variance.penalty": 0.0, "distill.variance.mode": "std"},
             "distill.variance.mode has no effect while penalty is 0",
+        ),
+        (
+            {f"teachers.{n}.anchor": False for n in range(4)}
+            | {"distill.anchor_start": 1.0, "distill.anchor_end": 0.3, "distill.standardise": "phi_s"},
+            "distill.standardise has no effect while no teacher is anchored",
+        ),
+        (
+            {"distill.optimizer": "paged_adamw8bit", "distill.device": "cpu"},
+            "optimizer paged_adamw8bit needs a GPU, whose memory it pages, found device cpu; choose adamw8bit",
         ),
         ({"distill.surgery.subset": "trunk"}, "subset has no effect while method is none"),
         ({"teachers.0.start_step": 700}, "it would never take part; lower it"),
@@ -305,3 +320,68 @@ def test_the_settings_of_training_read_back_equal(tmp_path):
     config = load_config(QUICKSTART, changes)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"distill.gold_weight": 0.0, "distill.labels_only": False, "distill.labelled_batch_size": 8},
+            "distill.labelled_batch_size has no effect while gold_weight is 0",
+        ),
+        (
+            {"distill.gold_weight": 0.0, "distill.labelled_batch_size": 4},
+            "labels_only trains on the labelled rows alone",
+        ),
+        (
+            {"distill.transport": "sampled", "distill.divergence": "forward_kl"},
+            "distill.divergence has no effect while all token distributions are draws",
+        ),
+        ({"data.2.snr_db": 3.0}, "snr_db of capability 'vision' has no effect without audio"),
+        ({"teachers.0.ramp_steps": 100_000}, r"found 0 \+ 100000: it would never take part in full"),
+        ({"teachers.0.start_step": 690, "teachers.0.ramp_steps": 100}, "it would never take part in full"),
+        ({"evaluate.num_samples": 9, "evaluate.max_rows": 8}, "expected num_samples of at most max_rows"),
+        (
+            {"distill.temperature": 1.0, "distill.temperature_squared": False},
+            "distill.temperature_squared has no effect while temperature is 1",
+        ),
+    ],
+)
+def test_contradictions_are_refused_and_say_what_they_contradict(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(QUICKSTART, [f"{place}={value}" for place, value in changes.items()])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "distill.learning_rate=1.0e+9",
+        "router.learning_rate=2.0",
+        "distill.temperature=1.0e-30",
+        "distill.temperature=1.0e+30",
+        "distill.grad_clip=1.0e-30",
+        "distill.accumulate=100000",
+        "distill.window=100000",
+        "teachers.sample-code.importance=1.0e+300",
+    ],
+)
+def test_absurd_magnitudes_are_refused_with_their_bound(change):
+    with pytest.raises(
+        ConfigError, match=r"expected (greater|less) than or equal to .* found .*; correct it"
+    ) as caught:
+        load_config(QUICKSTART, [change])
+    assert "\n" not in str(caught.value)
+    assert change.split("=")[0].rsplit(".", 1)[1] in str(caught.value)
+
+
+def test_the_limits_themselves_are_accepted():
+    changes = [
+        "distill.learning_rate=1.0",
+        "distill.temperature=1.0e-3",
+        "distill.accumulate=1024",
+        "distill.window=1024",
+    ]
+    changes += ["teachers.sample-code.start_step=600", "teachers.sample-code.ramp_steps=100"]
+    changes += ["distill.gold_weight=0.0", "distill.labels_only=false", "distill.labelled_batch_size=4"]
+    assert load_config(QUICKSTART, changes).distill.accumulate == 1024

@@ -53,6 +53,11 @@ class AudioAdapterConfig(AdapterConfig):
     encoder_width: int | None = None
     """Width of a wrapped encoder's `last_hidden_state`; None builds the own encoder."""
 
+    @property
+    def num_tokens(self) -> int:
+        """M of the own encoder: two frames become one."""
+        return (self.num_samples // self.hop_size + 1) // 2
+
     def log_mel(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Input features and frame mask of mono clips at `sampling_rate`; see the function of this name."""
         return log_mel(

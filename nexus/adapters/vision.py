@@ -39,6 +39,11 @@ class VisionAdapterConfig(AdapterConfig):
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_tokens(self) -> int:
+        """M of the own encoder."""
+        return self.num_patches
+
     def pixel_values(self, images: Sequence[np.ndarray]) -> Tensor:
         """float32 [B, channels, image_size, image_size] in [-1, 1] of uint8 images [h, w] or [h, w, channels].
 

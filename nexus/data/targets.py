@@ -65,7 +65,17 @@ class _FileWriter:
             leftover.unlink(missing_ok=True)  # of a process that was killed: a run directory has one user at a time
         for path in self.files(folder, capability):
             self._files[path.name] = check_targets(path, fingerprint)
-        self.complete = (folder / f"{capability}.json").is_file()
+        manifest = folder / f"{capability}.json"
+        self.complete = manifest.is_file()
+        listed = read_artifact(manifest, TargetManifest).files if self.complete else ()
+        expected = sorted({*listed, *(self._name(number) for number in range(len(self._files)))})
+        missing = [name for name in expected if name not in self._files]
+        if missing:
+            later = [name for name in [*self._files, *([manifest.name] if self.complete else [])] if name > missing[0]]
+            raise ArtifactError(
+                f"Expected the files of {folder} without a gap, found no {missing[0]}: what comes behind it cannot be placed. Delete "
+                f"{', '.join(later)} there and extract again."
+            )
 
     @property
     def rows(self) -> int:
@@ -82,13 +92,16 @@ class _FileWriter:
         """Rows of a finished set."""
         return sum(read_artifact(folder / f"{capability}.json", TargetManifest).files.values())
 
+    def _name(self, number: int) -> str:
+        return f"{self._capability}-{number:05d}.parquet"
+
     def _close(self) -> None:
         manifest = TargetManifest(capability=self._capability, fingerprint=self._fingerprint, files=self._files)
         write_artifact(self._folder / f"{self._capability}.json", manifest)
         self.complete = True
 
     def _write_file(self, table: pa.Table) -> None:
-        name = f"{self._capability}-{len(self._files):05d}.parquet"
+        name = self._name(len(self._files))
         temporary = self._folder / f".{name}.{os.getpid()}.tmp"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

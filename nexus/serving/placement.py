@@ -33,6 +33,8 @@ SWAP_SHARE = 0.1
 """Largest share of the computation that swapping may add, where there are batches enough to wake a teacher for."""
 MAX_LINEAR_DEVICES = 48
 """Up to so many devices every number of them is tried, beyond it every fourth power of two's quarter."""
+MAX_DEVICES = 256
+"""Of one size that a plan uses: more would only take further copies of the slowest teacher, and seconds to try."""
 
 STREAMED_PASSES = 4
 """Times that a streamed teacher's files are read: the hidden states of all rows between two layers seldom fit the memory at once."""
@@ -231,7 +233,7 @@ _HOST_SHARES = (0, *(GIB << power for power in range(12)))
 def _counts(limit: int) -> Iterator[int]:
     """Numbers of devices that are tried, ascending; those of a larger limit contain those of a smaller one."""
     number = 1
-    while number <= limit:
+    while number <= min(limit, MAX_DEVICES):
         yield number
         number += 1 if number < MAX_LINEAR_DEVICES else 1 << (number.bit_length() - 3)
 
@@ -285,9 +287,12 @@ class _Draft:
     copies: dict[int, int]
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """Less is better: time, then devices in use."""
-        return max(device.seconds for device in self.devices), len(self.devices)
+    def rank(self) -> tuple[float, ...]:
+        """Less is better: the slowest device's time, then that of the next, and so on; of equal ones fewer devices.
+
+        One slow teacher can decide the first for every plan, and the others are to have their GPUs all the same.
+        """
+        return tuple(sorted((device.seconds for device in self.devices), reverse=True))
 
 
 class _Planner:
@@ -458,7 +463,8 @@ class _Planner:
                     found.append((sum(self._wake_seconds(i, source) for i, source in sources.items()), used, sources))
         assert found, "whoever was put here fits beside those who never sleep"
         once, used, sources = min(found, key=lambda item: item[:2])
-        turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once)))
+        # Waking that costs nothing is no reason for fewer turns.
+        turns = max(1, min(TURNS, int(SWAP_SHARE * compute / once))) if once else TURNS
         moves = {i: self._load(i, family) for i in device.tenants}
         for i, source in sources.items():
             bytes_ = self.needs[i].weight_bytes if source == "host" else self.needs[i].load_bytes

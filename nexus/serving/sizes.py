@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from nexus.config import RunConfig
+from nexus.config import Optimizer, RunConfig
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.serving.placement import GIB, TenantNeed
 from nexus.towers.registry import TeacherEntry, shipped_config
@@ -134,17 +134,19 @@ def teacher_need(size: TeacherSize, tokens: float) -> TenantNeed:
     )
 
 
-def student_need(core: dict[str, Any], tokens: float) -> TenantNeed:
-    """What training takes of a student whose preset has the section `core`: weights, gradients and two moments in 32 bits."""
+def student_need(core: dict[str, Any], tokens: float, *, optimizer: Optimizer) -> TenantNeed:
+    """What training takes of a student whose preset has the section `core`: weights and gradients in 32 bits, and two moments."""
     width, layers = core["hidden_size"], core["num_hidden_layers"]
     attention = width * width * (2 + 2 * core["num_key_value_heads"] / core["num_attention_heads"])
     feed_forward = 3 * width * core["intermediate_size"]
     parameters = layers * (attention + feed_forward) + width * core["vocab_size"]
+    # Of each parameter: its value, its gradient, and two moments of 4 bytes or of 1.
+    each = 4 + 4 + (2 if optimizer in ("adamw8bit", "paged_adamw8bit") else 8)
     return TenantNeed(
         id=STUDENT,
-        weight_bytes=int(16 * parameters),
+        weight_bytes=int(each * parameters),
         # A snapshot for the rollback lies in the node's memory, activations beside the weights.
-        workspace_bytes=int(2 * WORKSPACE_BYTES + WORKSPACE_SHARE * 16 * parameters),
+        workspace_bytes=int(2 * WORKSPACE_BYTES + WORKSPACE_SHARE * each * parameters),
         load_bytes=0,
         layer_bytes=0,
         # Backward costs twice the forward pass.
@@ -171,7 +173,10 @@ def run_needs(config: RunConfig, sizes: Sequence[TeacherSize]) -> list[TenantNee
         raise ConfigError(f"Expected teachers with other ids than {STUDENT!r}, which the plan needs. Rename that one.")
     preset = shipped_config(f"student/{config.student.preset}.yaml")
     core = yaml.safe_load(preset.read_text(encoding="utf-8"))["core"]
-    return [student_need(core, sum(tokens.values())), *(teacher_need(size, tokens[size.id]) for size in sizes)]
+    return [
+        student_need(core, sum(tokens.values()), optimizer=config.distill.optimizer),
+        *(teacher_need(size, tokens[size.id]) for size in sizes),
+    ]
 
 
 def _is_quantisable(name: str, shape: list[int], skip_modules: tuple[str, ...]) -> bool:

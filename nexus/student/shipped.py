@@ -37,7 +37,9 @@ def student_positions(config: RunConfig) -> int:
         path = resolve_path(config.student.trunk) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return int(values.get("text_config", values)["max_position_embeddings"])
+            text = values.get("text_config", values)
+            # GPT-2's name for it, which its class translates.
+            return int(text["n_positions"] if "n_positions" in text else text["max_position_embeddings"])
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"Expected a causal language model's config.json with max_position_embeddings at student.trunk, found {path}: "

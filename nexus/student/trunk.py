@@ -41,6 +41,10 @@ HEAD_TOLERANCE = 1e-3
 """Relative difference between a model's logits and its output layer on its last states; beyond it, something stands between them."""
 
 
+_INNER_SIZES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+"""What configurations call the width of their feed-forward layers."""
+
+
 class _LowerStatesReachedError(Exception):
     """Ends a forward pass at the first port."""
 
@@ -126,14 +130,15 @@ class PretrainedCore(NexusStudentCore):
             use_cache=use_cache,
             output_hidden_states=bool(output_hidden_states),
         )
-        hidden_BTD = decoded.last_hidden_state
+        # A factor behind the output layer is one in front of it; who applies `lm_head` to the last states then has the logits.
+        hidden_BTD = decoded.last_hidden_state * _logit_factor(self.trunk)
         kept_BTD = hidden_BTD if logits_to_keep == 0 else last_positions(hidden_BTD, mask_BS, logits_to_keep)
         logits_BTV = self.lm_head(kept_BTD)
         output = CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits_BTV, labels),
             logits=logits_BTV,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=decoded.hidden_states if output_hidden_states else None,
+            hidden_states=(*decoded.hidden_states[:-1], hidden_BTD) if output_hidden_states else None,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
@@ -231,11 +236,15 @@ def pretrained_core_config(folder: Path, *, port_every: int) -> PretrainedCoreCo
     try:
         model = AutoConfig.from_pretrained(folder, local_files_only=True)
         text = model.get_text_config(decoder=True)
+        _refuse_unfit(text, folder)
         return PretrainedCoreConfig(
             trunk={**model.to_diff_dict(), "model_type": model.model_type},
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
+            # It goes by several names, and four widths where a model does not say. Nothing of ours is built from it.
+            intermediate_size=next(
+                (size for name in _INNER_SIZES if (size := getattr(text, name, None))), 4 * text.hidden_size
+            ),
             num_hidden_layers=text.num_hidden_layers,
             num_attention_heads=text.num_attention_heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -278,14 +287,18 @@ def load_pretrained(core: PretrainedCore, folder: Path) -> None:
 def add_lora(core: PretrainedCore, *, rank: int, alpha: int) -> None:
     """Put a low-rank update, 0 at first, on every linear map of the trunk's layers; only the updates and the ports then train."""
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     core.trunk.requires_grad_(False)
     names = {id(module): name for name, module in core.trunk.named_modules()}
-    targets = [
-        names[id(module)] for block in core.layers for module in block.modules() if isinstance(module, nn.Linear)
-    ]
+    # GPT-2's linear maps keep their weights the other way round, under this misleading name.
+    maps = [module for block in core.layers for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    turned = bool(maps) and all(isinstance(module, Conv1D) for module in maps)
+    targets = [names[id(module)] for module in maps]
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), core.trunk, adapter_name=LORA_NAME
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=turned),
+        core.trunk,
+        adapter_name=LORA_NAME,
     )
 
 
@@ -311,9 +324,27 @@ def _check_head(trunk: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         states = trunk.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
         expected = trunk(input_ids=ids_1T, use_cache=False).logits
-        found = trunk.get_output_embeddings()(states)
+        found = trunk.get_output_embeddings()(states * _logit_factor(trunk))
     if float((found - expected).norm()) > HEAD_TOLERANCE * float(expected.norm()):
         raise ConfigError(
             f"Expected a trunk whose logits are its output layer's, found {type(trunk).__name__} in {folder}, which scales or caps "
-            "them. Choose another model for student.trunk."
+            "them (final_logit_softcapping is a cap). Choose a decoder without one for student.trunk, such as Qwen3 or Llama."
         )
+
+
+def _refuse_unfit(text: Any, folder: Path) -> None:
+    """Raise ConfigError for layers that keep no keys and values."""
+    try:
+        DynamicCache(config=text).get_seq_length()
+    except ValueError:
+        raise ConfigError(
+            f"Expected a trunk with attention layers, found {text.model_type} in {folder}, which is recurrent: it keeps no keys "
+            "and values of an answer so far. Choose a decoder with attention for student.trunk, such as Qwen3 or Llama."
+        ) from None
+
+
+def _logit_factor(trunk: PreTrainedModel) -> float:
+    """What the model multiplies its output layer's results by (Cohere, Granite)."""
+    text = trunk.config.get_text_config(decoder=True)
+    # MPT has the first name and None.
+    return float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)

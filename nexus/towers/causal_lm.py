@@ -139,7 +139,7 @@ def score_completions(
     _refuse_unfit(model, request.row_ids, [_scored_length(row) for row in rows])
     parts: list[dict[str, np.ndarray]] = [{}] * len(rows)
     hidden: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(rows) for layer in request.layers}
-    read = {"hidden": "states", "auto": "both"}.get(request.transport, "logits")
+    read = {"hidden": "states", "auto": "both", "none": "nothing"}.get(request.transport, "logits")
     bad: dict[str, str] = {}
 
     def score(chosen: list[int]) -> _Parts:
@@ -151,7 +151,7 @@ def score_completions(
         )
         states = {layer: state_NH.to(torch.float16) for layer, state_NH in batch.hidden.items()}
         for state_NH in states.values():
-            finite_N = finite_N & torch.isfinite(state_NH).all(dim=-1)
+            finite_N = finite_N.to(state_NH.device) & torch.isfinite(state_NH).all(dim=-1)
         column_parts = {name: column.cpu().split(counts) for name, column in columns.items()}
         state_parts = {layer: state.cpu().split(counts) for layer, state in states.items()}
         return _Parts(chosen, column_parts, state_parts, finite_N.cpu().split(counts))
@@ -475,7 +475,7 @@ def _forward(
     *,
     read: str = "logits",
 ) -> _Scored:
-    """`read` says what is wanted: logits, the states that the head reads, or both."""
+    """`read` says what is wanted: logits, the states that the head reads, both, or nothing but the layers."""
     pad = _pad_id(tokenizer)
     longest_prompt = max(len(row.prompt_ids) for row in rows)
     # Keeping 0 logits would mean all of them.
@@ -494,7 +494,6 @@ def _forward(
     # Positions count real tokens only, so that a row means the same whatever it is padded with.
     position_ids_BT = (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
     device = model.device
-    scored_BC = scored_BC.to(device)
     inputs: dict[str, Any] = {
         "input_ids": input_ids_BT.to(device),
         "attention_mask": attention_mask_BT.to(device),
@@ -507,17 +506,22 @@ def _forward(
         del inputs["position_ids"]
         inputs |= media.inputs_for(width, device, model.dtype)
     with torch.inference_mode(), recorded_blocks(model, layers) as recorded, _head_input(model) as seen:
-        if read == "states" and media is None:
+        if read in ("states", "nothing") and media is None:
             # The head over the vocabulary is the receiver's work then.
             seen.append(model.get_decoder()(**inputs).last_hidden_state)
             logits_NV = None
         else:
             # Some classes (the omni thinkers) take logits_to_keep and return all the same.
             logits_BTV = model(**inputs, logits_to_keep=longest_completion).logits
-            logits_NV = logits_BTV[:, -longest_completion:][scored_BC]
-    hidden = {layer: state_BTH[:, -longest_completion:][scored_BC] for layer, state_BTH in recorded.items()}
-    states_NH = None if read == "logits" else seen[0][:, -longest_completion:][scored_BC]
+            logits_NV = _rows_at(logits_BTV[:, -longest_completion:], scored_BC)
+    hidden = {layer: _rows_at(state_BTH[:, -longest_completion:], scored_BC) for layer, state_BTH in recorded.items()}
+    states_NH = None if read in ("logits", "nothing") else _rows_at(seen[0][:, -longest_completion:], scored_BC)
     return _Scored(logits_NV, hidden, states_NH)
+
+
+def _rows_at(values_BCX: Tensor, scored_BC: Tensor) -> Tensor:
+    """[N, X]: the values where `scored_BC`, which is on the CPU, says so. Rows of one length are not copied."""
+    return values_BCX.flatten(0, 1) if bool(scored_BC.all()) else values_BCX[scored_BC.to(values_BCX.device)]
 
 
 def _length(row: TokenisedRow) -> int:

@@ -154,15 +154,7 @@ def _rows_of_environment(
             rows[entry.id] = _row(entry, "needs" if "found neither" in str(error) else "failed", str(error), start)
     if not asked:
         return rows
-    python = interpreter_of(entries[0].library)
-    assert python is not None, "only teachers whose environment is there are tried"
-    done = subprocess.run(
-        [str(python), "-m", "nexus.vendors.check", json.dumps(asked)],
-        capture_output=True, text=True, check=False, env={**os.environ, **process_environment()},
-    )  # fmt: skip
-    # Some packages greet on standard output.
-    said = [line for line in done.stdout.splitlines() if line.startswith('{"id": ')]
-    documents: dict[str, dict[str, Any]] = {row["id"]: row for row in map(json.loads, said)}
+    documents, last = ask_environment(entries[0].library, asked)
     for entry in entries:
         if entry.id in documents:
             document = documents[entry.id]
@@ -179,11 +171,32 @@ def _rows_of_environment(
                 seconds=document["seconds"],
             )
         elif entry.id not in rows:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            remedy = f"Make the environment again: make teacher-env NAME={entry.library}"
-            reason = f"Expected {python} to try it, found: {last[:300]}. {remedy}"
-            rows[entry.id] = _row(entry, "failed", reason, start)
+            rows[entry.id] = _row(entry, "failed", silent_environment(entry.library, last), start)
     return rows
+
+
+def ask_environment(
+    library: str, asked: Sequence[tuple[str, str | None]], *flags: str
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """What `python -m nexus.vendors.check` says of each teacher in the environment of its package, and its last words otherwise."""
+    python = interpreter_of(library)
+    assert python is not None, "only teachers whose environment is there are tried"
+    done = subprocess.run(
+        [str(python), "-m", "nexus.vendors.check", json.dumps(asked), *flags],
+        capture_output=True, text=True, check=False, env={**os.environ, **process_environment()},
+    )  # fmt: skip
+    # Some packages greet on standard output.
+    said = [line for line in done.stdout.splitlines() if line.startswith('{"id": ')]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {row["id"]: row for row in map(json.loads, said)}, last
+
+
+def silent_environment(library: str, last: str) -> str:
+    """Why a teacher has no row, when the process ended before it came to it."""
+    return (
+        f"Expected {interpreter_of(library)} to try it, found: {last[:300]}. Make the environment again: make teacher-env "
+        f"NAME={library}"
+    )
 
 
 def exercise(engine: TeacherEngine) -> tuple[str, ...]:

@@ -53,7 +53,14 @@ from nexus.towers.targets import (
     TeacherTargets,
     TokenDistributions,
 )
-from nexus.towers.tax import TaxMeasurement, feature_cosines, measure_tax
+from nexus.towers.tax import (
+    TargetTax,
+    TaxMeasurement,
+    feature_cosines,
+    measure_tax,
+    target_tax,
+    whole_distributions,
+)
 from nexus.towers.transcripts import can_transcribe, transcript_batch
 
 _Result = TypeVar("_Result")
@@ -374,6 +381,13 @@ class TeacherEngine:
     def feature_tax(self, records: Sequence[Record]) -> np.ndarray:
         """As `tax`, for an encoder without labels: `nexus.towers.tax.feature_cosines`."""
         return feature_cosines(self._original(), self, records)
+
+    def probe_tax(self) -> TargetTax | None:
+        """What NF4 costs this teacher's targets for the fixed inputs of the health probe; None without an original to compare."""
+        if self.tower.coverage.already is not None:
+            return None
+        request = whole_distributions(probe_request(self.tower), self.vocabulary_size)
+        return target_tax(self._original().score(request), self.score(request))
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         """An encoder's pooled embeddings, float32 [B, E]; raises as `score` does."""

@@ -20,6 +20,7 @@ from nexus.towers.targets import (
     SampledTargets,
     TeacherTargets,
     TokenDistributions,
+    TokensAlone,
     TokenTargets,
 )
 
@@ -91,7 +92,7 @@ def check_targets(targets: TeacherTargets, *, vocabulary_size: int | None) -> No
 
 
 def _is_uniform(tokens: TokenDistributions, vocabulary_size: int) -> bool:
-    if not len(tokens.token_ids_N):
+    if not len(tokens.token_ids_N) or isinstance(tokens, TokensAlone):
         return False
     if isinstance(tokens, HiddenTargets):
         # What the head makes of a state is known to the receiver only; from states of zeros it makes one distribution.
@@ -151,9 +152,9 @@ def _arrays(targets: TeacherTargets) -> Iterable[tuple[str, np.ndarray]]:
     if isinstance(tokens, HiddenTargets):
         yield "last hidden states", tokens.states_NH
     elif isinstance(tokens, FullTargets):
-        # An id that cannot be has -infinity.
-        yield "probabilities", np.exp(tokens.logprobs_NV)
-    elif tokens is not None:
+        # An id that cannot be has -infinity, but never all of them; NaN is larger than everything here.
+        yield "probabilities", tokens.logprobs_NV.max(axis=1)
+    elif isinstance(tokens, (TokenTargets, SampledTargets)):
         yield "log-probabilities", _logprobs(tokens)
     if isinstance(tokens, TokenTargets):
         yield "tail masses", np.exp(tokens.tail_logprob_N)

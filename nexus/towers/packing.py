@@ -22,15 +22,16 @@ from nexus.towers.targets import (
     SampledTargets,
     TeacherTargets,
     TokenDistributions,
+    TokensAlone,
     TokenTargets,
 )
 
-PackedKind = Literal["topk", "sampled", "hidden", "full"]
+PackedKind = Literal["topk", "sampled", "hidden", "full", "none"]
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Token distributions of some rows in one of the four transports."""
+    """Token distributions of some rows in one of the five transports."""
 
     kind: PackedKind
     vocabulary_size: int
@@ -115,8 +116,10 @@ def pack_tokens(tokens: TokenDistributions, *, vocabulary_size: int) -> PackedTo
         kind, ids_NW, values_NW = "sampled", tokens.ids_NS, tokens.logprobs_NS
     elif isinstance(tokens, HiddenTargets):
         kind, values_NW = "hidden", tokens.states_NH
-    else:
+    elif isinstance(tokens, FullTargets):
         kind, values_NW = "full", tokens.logprobs_NV
+    else:
+        kind, values_NW = "none", np.empty((len(tokens.token_ids_N), 0), np.float32)
     for ids in (ids_NW, tokens.token_ids_N):
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary_size:
             raise ValueError(
@@ -145,6 +148,8 @@ def unpack_tokens(packed: PackedTokens) -> TokenDistributions:
         return HiddenTargets(offsets_B1, token_ids_N, values_NW)
     if packed.kind == "full":
         return FullTargets(offsets_B1, token_ids_N, values_NW)
+    if packed.kind == "none":
+        return TokensAlone(offsets_B1, token_ids_N)
     ids_NW = unpack_ids(packed.ids, bits, num_tokens * width).reshape(num_tokens, width)
     if packed.kind == "sampled":
         return SampledTargets(offsets_B1, token_ids_N, ids_NW, values_NW)

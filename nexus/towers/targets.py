@@ -13,10 +13,10 @@ from typing import Literal, Union
 
 import numpy as np
 
-Transport = Literal["topk", "hidden", "sampled", "full", "auto"]
+Transport = Literal["topk", "hidden", "sampled", "full", "auto", "none"]
 """How a token distribution travels: the K most probable ids and a tail; the last hidden state, from which whoever holds the teacher's
-output head computes exact logits; unbiased draws; every log-probability; or whichever of topk, hidden and full takes the fewest bytes
-for the error that the request allows."""
+output head computes exact logits; unbiased draws; every log-probability; whichever of topk, hidden and full takes the fewest bytes
+for the error that the request allows; or not at all, for a receiver that reads the states of inner layers alone."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,12 @@ class FullTargets(ScoredTokens):
     """float32 [N, V]; at the request's temperature."""
 
 
-TokenDistributions = Union[TokenTargets, SampledTargets, HiddenTargets, FullTargets]
+@dataclass(frozen=True)
+class TokensAlone(ScoredTokens):
+    """No distributions: only what the hidden states of `TeacherTargets` belong to."""
+
+
+TokenDistributions = Union[TokenTargets, SampledTargets, HiddenTargets, FullTargets, TokensAlone]
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,7 @@ def _equal(a: object, b: object) -> bool:
         SampledTargets,
         HiddenTargets,
         FullTargets,
+        TokensAlone,
         SparseTargets,
         DenoisingTargets,
         CodecTargets,

@@ -20,6 +20,7 @@ from nexus.towers.targets import (
     SampledTargets,
     ScoreRequest,
     TokenDistributions,
+    TokensAlone,
     TokenTargets,
 )
 
@@ -38,7 +39,7 @@ def keep_columns(
     """What has to be kept of some rows until the whole request is known.
 
     Args:
-        logits_NV: any float type; divided by the request's temperature and normalised in float32. Not needed by the transport hidden.
+        logits_NV: any float type; divided by the request's temperature and normalised in float32. Not needed by hidden and none.
         states_NH: what the output head reads; needed by the transports hidden and auto.
         row_ids: of the rows that the N tokens belong to, one after the other.
         counts: tokens of each of them.
@@ -52,8 +53,10 @@ def keep_columns(
         assert states_NH is not None, "these transports need the states that the head reads"
         columns["states"] = states_NH.float()
         finite.append(torch.isfinite(states_NH).all(dim=-1))
+    if request.transport == "none":
+        return {}, torch.ones(sum(counts), dtype=torch.bool)
     if request.transport != "hidden":
-        assert logits_NV is not None, "all transports but hidden need logits"
+        assert logits_NV is not None, "all other transports need logits"
         logprobs, finite_N = _logit_columns(logits_NV, request, row_ids, counts)
         columns |= logprobs
         finite.append(finite_N)
@@ -70,7 +73,7 @@ def _logit_columns(
         if request.transport == "auto":
             columns["errors"] = _topk_errors(logits_NV, packed, request.temperature)
         return columns, packed.finite_N
-    logprobs_NV = torch.log_softmax(logits_NV.float() / request.temperature, dim=-1)
+    logprobs_NV = torch.log_softmax(_tempered(logits_NV, request.temperature), dim=-1)
     finite_N = torch.isfinite(logprobs_NV.amax(dim=-1))
     if request.transport == "full":
         return {"logprobs": logprobs_NV}, finite_N
@@ -87,6 +90,8 @@ def to_targets(
     vocabulary_size: int,
 ) -> TokenDistributions:
     """The reply's distributions from the columns of all rows; `auto` is decided here, on all of them together."""
+    if request.transport == "none":
+        return TokensAlone(offsets_B1, token_ids_N)
     if request.transport == "hidden":
         return HiddenTargets(offsets_B1, token_ids_N, columns["states"])
     if request.transport == "full":
@@ -120,16 +125,20 @@ def pack_topk(logits_NV: Tensor, *, top_k: int, temperature: float) -> PackedTop
         logits_NV: any float type; divided by the temperature and normalised in float32.
         top_k: at most V.
     """
-    scaled_NV = logits_NV.float() / temperature
-    normaliser_N = torch.logsumexp(scaled_NV, dim=-1)
-    kept_NK, ids_NK = scaled_NV.topk(top_k, dim=-1)
-    rest_NV = scaled_NV.scatter(-1, ids_NK, float("-inf"))
+    logprobs_NV = torch.log_softmax(_tempered(logits_NV, temperature), dim=-1)
+    kept_NK, ids_NK = logprobs_NV.topk(top_k, dim=-1)
     return PackedTopK(
         ids_NK=ids_NK.to(torch.int32),
-        logprobs_NK=kept_NK - normaliser_N[:, None],
-        tail_N=torch.logsumexp(rest_NV, dim=-1) - normaliser_N,
-        finite_N=torch.isfinite(normaliser_N),
+        logprobs_NK=kept_NK,
+        # In place: nothing else reads them, and a copy would be as large as the logits.
+        tail_N=torch.logsumexp(logprobs_NV.scatter_(-1, ids_NK, float("-inf")), dim=-1),
+        finite_N=torch.isfinite(kept_NK[:, 0]),
     )
+
+
+def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    """In float32. A division by 1 would write the largest tensor of all once more."""
+    return logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
 
 
 def _draw(logprobs_NV: Tensor, request: ScoreRequest, row_ids: Sequence[str], counts: Sequence[int]) -> Tensor:

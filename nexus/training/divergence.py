@@ -605,12 +605,13 @@ def _log_weights(weights_N: Tensor | Sequence[float], num_teachers: int) -> list
 
 
 def per_token(divergence_M: Tensor, num_loss_tokens: int | Tensor) -> Tensor:
-    """Sum of the rows over the count of the whole step; 0, attached, without rows. Raises ValueError for a count below 1."""
+    """Sum of the rows over the count of the whole step; 0, attached, without rows. Raises ValueError unless the count is finite
+    and at least 1."""
     total = divergence_M.sum()
     count = float(num_loss_tokens)
     if divergence_M.shape[0] == 0:
         return total
-    if not count > 0.0:
+    if not (math.isfinite(count) and count >= 1.0):
         raise ValueError(
             f"num_loss_tokens: expected the scored positions of the whole optimizer step (here at least "
             f"{divergence_M.shape[0]}), found {count:g}"
@@ -624,7 +625,19 @@ def _as_mask(loss_mask_BT: Tensor, logits_BTV: Tensor) -> Tensor:
             f"loss mask: expected shape {tuple(logits_BTV.shape[:-1])}, one entry per logit position, "
             f"found {tuple(loss_mask_BT.shape)}"
         )
-    return loss_mask_BT.bool()
+    return selection(loss_mask_BT)
+
+
+def selection(mask: Tensor) -> Tensor:
+    """`mask` as bool. Raises ValueError for anything but 0 and 1 in it: a weight would count in full."""
+    if mask.dtype == torch.bool:
+        return mask
+    chosen = mask == 1
+    if not bool((chosen | (mask == 0)).all()):
+        raise ValueError(
+            "loss mask: expected bool, or only 0 and 1, found other values; weigh positions in the loss, not in the mask"
+        )
+    return chosen
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

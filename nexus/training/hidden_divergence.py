@@ -39,6 +39,7 @@ from nexus.training.divergence import (
     check_temperature,
     compute_dtype,
     per_token,
+    selection,
 )
 
 WORKSPACE_BYTES = 96 << 20
@@ -161,7 +162,7 @@ def hidden_divergence(
         raise ValueError("terms: expected at least one, found none")
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: expected at least 1, found {workspace_bytes}")
-    mask_BT = loss_mask_BT.bool()
+    mask_BT = selection(loss_mask_BT)
     setting = _Setting(
         terms,
         check_temperature(temperature),

@@ -304,6 +304,7 @@ class DistillationLoop:
         factor = self._spike_factor(batches)
         self._tokens.clear()
         self._aligned.clear()
+        self._observe(batches, targets)
         losses = (
             self._whole_step(batches[0], targets[0], factor)
             if len(batches) == 1
@@ -458,6 +459,16 @@ class DistillationLoop:
 
     # --- losses ---------------------------------------------------------------------------------------------------------------
 
+    def _observe(
+        self, batches: Sequence[StepBatch], targets: Sequence[Mapping[Assignment, TeacherTargets | None]]
+    ) -> None:
+        """Show the objective the features of the whole step before any loss of it is computed."""
+        step: dict[Assignment, list[TeacherTargets | None]] = {}
+        for batch, answers in zip(batches, targets, strict=True):
+            for assignment in self._taught(batch):
+                step.setdefault(assignment, []).append(answers[assignment])
+        self.objective.observe(step)
+
     def _parts_of(
         self, batch: StepBatch, targets: Mapping[Assignment, TeacherTargets | None], sizes: _Sizes | None
     ) -> _Parts:
@@ -467,7 +478,7 @@ class DistillationLoop:
         anchors: dict[str, list[Tensor]] = {}
         for assignment, records in self._taught(batch).items():
             whole = None if sizes is None else sizes.teachers[assignment]
-            loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole)
+            loss = self.objective.teacher_loss(assignment, records, targets[assignment], whole=whole, observed=True)
             self._tokens[assignment.teacher] += loss.tokens
             if loss.aligned is not None:
                 self._aligned[assignment.teacher] += loss.aligned * loss.tokens

@@ -1,7 +1,7 @@
 """What one optimizer step asks of the student: a distillation loss per teacher and a cross-entropy on labelled rows.
 
 For teacher t on its unlabelled rows: l_t = KD_t + gamma * A_t.
-KD_t depends on what the teacher gives:
+KD_t depends on what the teacher gives (T^2 is left out where the configuration says so):
 - a language model with the student's tokenizer: T^2 (0.5 SKL + 0.5 SRKL), or T^2 KL(teacher || student), at every token of its own
   answer, on its top-k and tail, its whole distribution, or its last hidden states; from draws, T^2 times an unbiased estimate of
   KL(teacher || student), because the mix has none;
@@ -104,6 +104,7 @@ class DistillationObjective(nn.Module):
         top_k: int,
         response_weight: float,
         max_length: int,
+        temperature_squared: bool = True,
         divergence: Divergence = "mix",
         precision: Literal["float32", "bfloat16"] = "float32",
         standardise: Standardisation = "scale",
@@ -113,6 +114,7 @@ class DistillationObjective(nn.Module):
     ) -> None:
         """
         Args:
+            temperature_squared: multiply the divergences of tempered distributions by T^2.
             divergence: of the token distributions; draws have only the forward KL.
             precision: of the student's passes; bfloat16 runs them under autocast.
             standardise: what makes the teachers' features comparable.
@@ -126,6 +128,8 @@ class DistillationObjective(nn.Module):
         self.teachers = {teacher.id: teacher for teacher in teachers}
         self.capabilities = {capability.name: capability for capability in capabilities}
         self._temperature = temperature
+        # What `kd_loss` squares.
+        self._factor = temperature if temperature_squared else 1.0
         self._top_k = top_k
         self._response_weight = response_weight
         self._max_length = max_length
@@ -191,6 +195,29 @@ class DistillationObjective(nn.Module):
         completions = self._completions(self.teachers[assignment.teacher], records, targets)
         return Whole(self._collate(records, completions).num_loss_tokens, len(records))
 
+    def observe(self, step: Mapping[Assignment, Sequence[TeacherTargets | None]]) -> None:
+        """Take the teachers' features of one optimizer step into the statistics that `teacher_loss` standardises them with.
+
+        They are taken in at once, so that the statistics are the same bit by bit however the step is cut into micro-batches.
+
+        Args:
+            step: the targets of all its micro-batches, in their order.
+
+        Raises:
+            TowerLoadError: pooled embeddings of another width than the teacher's blocks.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for assignment, replies in step.items():
+            teacher = self.teachers[assignment.teacher]
+            for feature in _anchored(teacher):
+                key = _key(teacher.id, feature)
+                if not self.standardisers[key].frozen:
+                    found = [self._target(teacher, feature, reply).flatten(0, 1) for reply in replies]
+                    parts.setdefault(key, []).extend(found)
+        for key, found in parts.items():
+            rows_MH = torch.cat(found)
+            self.standardisers[key].update(rows_MH, torch.ones(len(rows_MH), dtype=torch.bool, device=self.device))
+
     def num_gold_tokens(self, records: Sequence[Record]) -> int:
         """Scored tokens of labelled rows."""
         return self._collate(records, [completion_of(record) for record in records]).num_loss_tokens
@@ -202,12 +229,14 @@ class DistillationObjective(nn.Module):
         targets: TeacherTargets | None,
         *,
         whole: Whole | None = None,
+        observed: bool = False,
     ) -> TeacherLoss:
         """l_t's two parts on unlabelled rows.
 
         Args:
             whole: of the optimizer step that these rows are a part of; the parts' losses then add up to the step's. None means
                 that they are all of it.
+            observed: `observe` has taken in the step's features; otherwise those of these rows are taken in here.
 
         Raises:
             TowerLoadError: when the targets are in another tokenizer's ids.
@@ -216,6 +245,8 @@ class DistillationObjective(nn.Module):
         teacher = self.teachers[assignment.teacher]
         if targets is not None:
             check_reply(targets, row_ids=tuple(record.id for record in records), fingerprint=teacher.fingerprint)
+        if not observed:
+            self.observe({assignment: [targets]})
         completions = self._completions(teacher, records, targets)
         passed = self._forward(records, completions)
         aligned = None
@@ -226,12 +257,12 @@ class DistillationObjective(nn.Module):
             assert targets.label_logprobs_BC is not None
             divergence = tokens * self._classifier_divergence(teacher, passed, targets)
             divergence = divergence + rows * self._tower_divergence(teacher, passed, targets)
-            kd = kd_loss(divergence, temperature=self._temperature)
+            kd = kd_loss(divergence, temperature=self._factor)
         elif _is_feature_only(teacher):
             kd = passed.states[0].new_zeros(())
         elif teacher.shares_tokenizer:
             assert targets is not None
-            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._temperature)
+            kd = kd_loss(tokens * self._token_divergence(passed, targets), temperature=self._factor)
         else:
             kd = tokens * self._response_weight * passed.cross_entropy()
             if teacher.id in self._aligners:
@@ -340,6 +371,7 @@ class DistillationObjective(nn.Module):
                 num_loss_tokens=count,
                 temperature=self._temperature,
             )
+        assert isinstance(tokens, TokenTargets), "a teacher of the student's tokenizer is asked for its distributions"
         ids_NK, logprobs_NK = self._array(tokens.ids_NK).long(), self._array(tokens.logprobs_NK)
         tail_N = self._array(tokens.tail_logprob_N)
         if self._divergence == "forward_kl":
@@ -451,69 +483,66 @@ class DistillationObjective(nn.Module):
         without any."""
         total = like.new_zeros(())
         if _is_feature_only(teacher):
-            assert targets is not None
-            total = total + self._pooled_distance(teacher, passed, targets)
+            target_B1H = self._target(teacher, POOLED, targets)
+            adapter, features = self._tower(teacher, passed)
+            predicted_BH = adapter.predict(teacher.id, POOLED, features)
+            total = total + self._distance(_key(teacher.id, POOLED), predicted_BH[:, None], target_B1H)
         for layer, weight in teacher.critical_layers:
-            assert targets is not None
-            states = self._array(targets.hidden[layer]).float()
-            pairs = (
-                self._language_pairs(teacher, layer, passed, states, targets)
-                if teacher.role == "causal_lm"
-                else self._encoder_pairs(teacher, layer, passed, states)
-            )
-            distances = [self._distance(_key(teacher.id, layer), *pair) for pair in pairs]
+            target_BMH = self._target(teacher, layer, targets)
+            distances = [
+                self._distance(_key(teacher.id, layer), predicted_BMH, target_BMH)
+                for predicted_BMH in self._predictions(teacher, layer, passed)
+            ]
             total = total + weight * torch.stack(distances).mean()
         return total
 
-    def _pooled_distance(self, teacher: TeacherFacts, passed: _Passed, targets: TeacherTargets) -> Tensor:
-        assert targets.pooled_BE is not None
-        adapter, features = self._tower(teacher, passed)
-        pooled_BE = self._array(targets.pooled_BE)
-        if pooled_BE.shape[1] != teacher.hidden_size:
-            raise TowerLoadError(
-                f"Expected pooled embeddings of {teacher.hidden_size} dimensions from {teacher.id!r}, the width of its blocks, found "
-                f"{pooled_BE.shape[1]}. Remove it from the run."
-            )
-        predicted_BE = adapter.predict(teacher.id, POOLED, features)
-        return self._distance(_key(teacher.id, POOLED), predicted_BE[:, None], pooled_BE[:, None])
-
-    def _distance(self, key: str, predicted_BTH: Tensor, target_BTH: Tensor) -> Tensor:
-        mask_BT = torch.ones(predicted_BTH.shape[:-1], dtype=torch.bool, device=self.device)
+    def _distance(self, key: str, predicted_BMH: Tensor, target_BMH: Tensor) -> Tensor:
+        mask_BM = torch.ones(target_BMH.shape[:-1], dtype=torch.bool, device=self.device)
         standardiser = self.standardisers[key]
-        standardiser.update(target_BTH, mask_BT)
-        return cosine_smooth_l1_anchor(standardiser.rotate(predicted_BTH), standardiser(target_BTH), mask_BT)
+        return cosine_smooth_l1_anchor(standardiser.rotate(predicted_BMH), standardiser(target_BMH), mask_BM)
 
-    def _language_pairs(
-        self, teacher: TeacherFacts, layer: int, passed: _Passed, states_NH: Tensor, targets: TeacherTargets
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Predicted and real states of one layer, [1, N, H] or, where tokens differ, [B, 1, H]: by the trunk's layer of the same
-        depth, and by the reasoning tower where the teacher has one."""
+    def _target(self, teacher: TeacherFacts, feature: int | str, targets: TeacherTargets | None) -> Tensor:
+        """What the student's features are compared with, by row: [B, M, H] of an encoder, [B, 1, H] where one vector is all that both
+        have, and [1, N, H] of a language model with the student's tokens."""
+        assert targets is not None, "a teacher with features to match is asked for them"
+        if isinstance(feature, str):
+            assert targets.pooled_BE is not None
+            if targets.pooled_BE.shape[1] != teacher.hidden_size:
+                raise TowerLoadError(
+                    f"Expected pooled embeddings of {teacher.hidden_size} dimensions from {teacher.id!r}, the width of its blocks, "
+                    f"found {targets.pooled_BE.shape[1]}. Remove it from the run."
+                )
+            return self._array(targets.pooled_BE)[:, None]
+        states = self._array(targets.hidden[feature]).float()
+        if teacher.role != "causal_lm":
+            # Another number of patches or frames: average the teacher's neighbouring positions to the student's grid.
+            num_tokens = _num_tower_tokens(self.student.spec, teacher.id)
+            if states.shape[1] == num_tokens:
+                return states
+            return F.adaptive_avg_pool1d(states.transpose(1, 2), num_tokens).transpose(1, 2)
+        if teacher.shares_tokenizer:
+            return states[None]
+        # Other tokens, other positions: the means over the answer are what both have.
+        assert targets.tokens is not None
+        lengths = torch.from_numpy(targets.tokens.offsets_B1).diff().tolist()
+        return torch.stack([part.mean(dim=0) for part in states.split(lengths)])[:, None]
+
+    def _predictions(self, teacher: TeacherFacts, layer: int, passed: _Passed) -> list[Tensor]:
+        """What the student says of one layer, each in the shape of `_target`: by the tower of an encoder; by the trunk's layer of the
+        same depth, and by the reasoning tower where a language model has one."""
+        if teacher.role != "causal_lm":
+            adapter, features = self._tower(teacher, passed)
+            return [adapter.predict(teacher.id, layer, features)]
         align = self.trunk_alignments[_key(teacher.id, layer)]
         trunk_BTD = passed.trunk_at_depth((layer + 1) / teacher.num_layers)
         if not teacher.shares_tokenizer:
-            # Other tokens, other positions: the means over the answer are what both have.
-            assert targets.tokens is not None
-            lengths = torch.from_numpy(targets.tokens.offsets_B1).diff().tolist()
-            means_BH = torch.stack([part.mean(dim=0) for part in states_NH.split(lengths)])
-            return [(align(passed.mean_over_answer(trunk_BTD))[:, None], means_BH[:, None])]
-        pairs = [(align(passed.scored(trunk_BTD))[None], states_NH[None])]
+            return [align(passed.mean_over_answer(trunk_BTD))[:, None]]
+        found = [align(passed.scored(trunk_BTD))[None]]
         # A teacher may have rows of a capability that needs the tower, and rows of one that does not.
         if _tower_of(self.student.spec, teacher.id) in passed.features:
             adapter, features = self._tower(teacher, passed)
-            predicted_BTH = adapter.predict(teacher.id, layer, features)
-            pairs.append((passed.scored(predicted_BTH)[None], states_NH[None]))
-        return pairs
-
-    def _encoder_pairs(
-        self, teacher: TeacherFacts, layer: int, passed: _Passed, states_BPH: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Predicted and real states of one layer, both [B, M, H]."""
-        adapter, features = self._tower(teacher, passed)
-        predicted_BMH = adapter.predict(teacher.id, layer, features)
-        if states_BPH.shape[1] != predicted_BMH.shape[1]:
-            # Another number of patches or frames: average the teacher's neighbouring positions to the student's grid.
-            states_BPH = F.adaptive_avg_pool1d(states_BPH.transpose(1, 2), predicted_BMH.shape[1]).transpose(1, 2)
-        return [(predicted_BMH, states_BPH)]
+            found.append(passed.scored(adapter.predict(teacher.id, layer, features))[None])
+        return found
 
     def _tower(self, teacher: TeacherFacts, passed: _Passed) -> tuple[Adapter[AdapterConfig], Features]:
         tower = _tower_of(self.student.spec, teacher.id)
@@ -652,6 +681,13 @@ def _key(teacher: str, layer: int | str) -> str:
 def _declared(spec: StudentSpec, tower: str, teacher: str) -> bool:
     config = spec.adapters().get(tower)
     return config is not None and any(alignment.teacher == teacher for alignment in config.alignments)
+
+
+def _num_tower_tokens(spec: StudentSpec, teacher: str) -> int:
+    """Feature tokens of the tower that an encoder teaches."""
+    config = spec.vision if _tower_of(spec, teacher) == "vision" else spec.audio
+    assert config is not None, "an encoder teaches a tower of media"
+    return config.num_tokens
 
 
 def _tower_of(spec: StudentSpec, teacher: str) -> str | None:

@@ -153,7 +153,8 @@ def _dense(logits_RV: Tensor, teacher_RV: Tensor, terms: tuple[Term, ...]) -> tu
         q_RV, p_RV = torch.softmax(logits_RV, dim=-1), torch.softmax(teacher_RV, dim=-1)
         norm_q_R = logits_RV.amax(dim=-1) - q_RV.amax(dim=-1).log()
         norm_p_R = teacher_RV.amax(dim=-1) - p_RV.amax(dim=-1).log()
-        value_R = torch.linalg.vecdot(p_RV, teacher_RV.sub_(logits_RV)) + norm_q_R - norm_p_R
+        # In place: torch.linalg.vecdot writes the product to memory of its own.
+        value_R = teacher_RV.sub_(logits_RV).mul_(p_RV).sum(dim=-1) + norm_q_R - norm_p_R
         return value_R * terms[0].weight, q_RV.sub_(p_RV).mul_(terms[0].weight)
     log_q_RV = torch.log_softmax(logits_RV, dim=-1)
     q_RV, log_p_RV = log_q_RV.exp(), torch.log_softmax(teacher_RV, dim=-1)

@@ -13,6 +13,7 @@ from nexus.towers.targets import ScoreRequest
 from nexus.training.facts import CapabilityFacts, TeacherFacts, TokenTransport
 
 TOPK = TokenTransport("topk")
+NO_DISTRIBUTIONS = TokenTransport("none")
 
 
 def is_asked(teacher: TeacherFacts, *, by_span: bool) -> bool:
@@ -38,14 +39,18 @@ def score_request(
 
     Args:
         by_span: as `is_asked`; the probability of a span is that of its text at temperature 1 only.
-        transport: None takes top-k.
+        transport: of a teacher with the student's tokenizer; None takes top-k.
 
     Raises:
         TowerLoadError: a row for a language model has no completion.
     """
-    # Where the vocabulary is another, the distribution is learned from in another way, which top-k suffices for.
-    chosen = transport if transport is not None and teacher.shares_tokenizer else TOPK
     is_language = teacher.role == "causal_lm"
+    chosen = TOPK
+    if teacher.shares_tokenizer and transport is not None:
+        chosen = transport
+    elif is_language and not teacher.shares_tokenizer and not by_span:
+        # The text of its answers is learned from, and its layers: no loss reads the distributions. Spans need no more than top-k.
+        chosen = NO_DISTRIBUTIONS
     return ScoreRequest(
         row_ids=tuple(record.id for record in records),
         prompts=tuple(record.prompt for record in records),

@@ -101,6 +101,7 @@ def build_loop(
         teachers=teachers,
         capabilities=[CapabilityFacts(data.capability, data.towers, data.snr_db) for data in config.data],
         temperature=distill.temperature,
+        temperature_squared=distill.temperature_squared,
         top_k=distill.top_k,
         response_weight=distill.response_weight,
         max_length=config.student.max_length,
@@ -192,6 +193,26 @@ def training_sources(config: RunConfig, teachers: Sequence[TeacherFacts] = ()) -
 
 def _refuse_unused(config: RunConfig, teachers: Sequence[TeacherFacts]) -> None:
     """Refuse what the configuration alone could not: settings that the loaded teachers leave without effect."""
+    for teacher in teachers:
+        own = next(entry.transport for entry in config.teachers if entry.id == teacher.id)
+        if own is not None and teacher.role == "causal_lm" and not teacher.shares_tokenizer:
+            raise ConfigError(
+                f"transport of teacher {teacher.id!r}: expected none, because its tokenizer is not the student's, found {own}, which "
+                "has no effect: its spans travel as topk, and without spans no distributions do. Remove it."
+            )
+    sizes = [
+        teacher.vocabulary_size
+        for teacher in teachers
+        if teacher.vocabulary_size is not None
+        and (config.transport_of(teacher.id) == "topk" or not teacher.shares_tokenizer)
+    ]
+    if config.distill.top_k != type(config.distill).model_fields["top_k"].default and config.distill.top_k > max(
+        sizes, default=config.distill.top_k
+    ):
+        raise ConfigError(
+            f"distill.top_k: expected at most the {max(sizes)} ids of the teachers' largest vocabulary, found "
+            f"{config.distill.top_k}. Lower it, or choose transport full."
+        )
     default = type(config.distill).model_fields["response_weight"].default
     other = any(teacher.role == "causal_lm" and not teacher.shares_tokenizer for teacher in teachers)
     if config.distill.cross_tokenizer == "spans" and not other:
@@ -284,7 +305,7 @@ def _batches(
             length_check(tokenizer, config.student.max_length),
         )
         for source in config.data
-        if source.labelled
+        if source.labelled and config.distill.gold_weight
     }
     return StepBatches(unlabelled, labelled)
 

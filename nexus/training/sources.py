@@ -1,10 +1,14 @@
-"""Where targets come from: files that extraction wrote, and sources side by side. Implements `nexus.training.loop.TargetSource`."""
+"""Where targets come from: teachers of this process, files that extraction wrote, and sources side by side.
+
+Implements `nexus.training.loop.TargetSource`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nexus.artifacts import TransportMetrics
 from nexus.data.targets import ScoreReader
@@ -14,6 +18,9 @@ from nexus.towers.targets import ScoreRequest, TeacherHead, TeacherTargets
 from nexus.training.facts import TeacherFacts
 from nexus.training.loop import TargetSource
 from nexus.training.requests import settings_of
+
+if TYPE_CHECKING:
+    from nexus.towers.engine import TeacherEngine
 
 SCORES_DIR = "scores"
 """Folder of a teacher's cached targets, beside its answers."""
@@ -51,6 +58,52 @@ class MovedBytes:
             bytes_per_token=self.token_bytes / self.tokens if self.tokens else None,
             bytes_per_row=self.bytes / max(1, self.rows),
         )
+
+
+class EngineSource:
+    """Teachers of this process, each in a thread of its own: they work ahead while the trainer makes its step.
+
+    Nothing is packed or moved. One core serves each thread best (`OMP_NUM_THREADS=1`): threads of PyTorch's own would wait for each
+    other. For teachers that read text: what a forward pass over media draws would come from the trainer's random generator.
+    """
+
+    def __init__(self, engines: Mapping[str, TeacherEngine]) -> None:
+        """`engines` by teacher."""
+        self._engines = dict(engines)
+        self._threads = {teacher: ThreadPoolExecutor(1, thread_name_prefix=teacher) for teacher in engines}
+        self._asked: dict[Hashable, Future[TeacherTargets]] = {}
+
+    def submit(self, key: Hashable, teacher: str, request: ScoreRequest) -> None:
+        """Queue one request.
+
+        Raises:
+            ConfigError: its rows have media.
+        """
+        if request.media is not None:
+            raise ConfigError(
+                f"Expected rows of text for the teacher {teacher!r} of this process, found media. Use an actor for it."
+            )
+        self._asked[key] = self._threads[teacher].submit(self._engines[teacher].score, request)
+
+    def collect(self, key: Hashable) -> TeacherTargets:
+        """Wait for the targets under `key`; raises what the teacher raised."""
+        return self._asked.pop(key).result()
+
+    def head(self, teacher: str) -> TeacherHead:
+        """A teacher's output head."""
+        return self._threads[teacher].submit(self._engines[teacher].output_head).result()
+
+    def forget(self) -> None:
+        """Drop what waits; what a teacher has begun it ends."""
+        for future in self._asked.values():
+            future.cancel()
+        self._asked.clear()
+
+    def close(self) -> None:
+        """Drop what waits, and end the threads."""
+        self.forget()
+        for thread in self._threads.values():
+            thread.shutdown()
 
 
 class CachedSource:

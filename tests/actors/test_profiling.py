@@ -23,11 +23,12 @@ import ray
 
 from actors.pool import TeacherPool, actor_name
 from actors.profiling import UNLABELLED, ProfilingRounds
-from actors.session import Interrupted, Reporter, Session
+from actors.session import FACTS_FILE, Interrupted, Reporter, Session
 from actors.stages import _teacher_facts, profile_journal, run_stages
-from nexus.artifacts import CriticalLayer, NIWTProfile
+from nexus.artifacts import CriticalLayer, NIWTProfile, write_artifact
 from nexus.config import SAMPLES_DIR, parse_config
 from nexus.errors import ConfigError, DataError
+from nexus.training.facts import TeacherFactsFile
 
 TEXT, IMAGES = "sample-reasoning", "sample-vision"
 OPTIONS = {"window": 2, "timeout_s": 120, "max_retries": 20}
@@ -332,6 +333,24 @@ def test_a_changed_profile_changes_the_layers_that_distillation_asks_the_teacher
     profiles[TEXT] = profiles[TEXT].model_copy(update={"critical_layers": (CriticalLayer(layer=1, weight=1.0),)})
     changed = {facts.id: facts.critical_layers for facts in _teacher_facts(session, profiles, from_files=False)}
     assert changed == {**found, TEXT: ((1, 1.0),)}
+
+
+def test_training_loads_no_teacher_whose_targets_are_cached(bench, reference, tmp_path):
+    asked = document()
+    session = Bench._session(tmp_path, asked, None, Heard(lambda *_: None))
+    session.run.close()
+    profiles = {teacher: profile_of(reference, teacher) for teacher in (TEXT, IMAGES)}
+    session._reports, session._pool = bench._reports, bench.pool
+    everybody = _teacher_facts(session, profiles, from_files=False)
+    asked["teachers"][1]["targets"] = "cached"
+    session.config = parse_config(asked, source="test")
+    written = tmp_path / "targets" / IMAGES / FACTS_FILE
+    write_artifact(written, TeacherFactsFile.from_facts(everybody[1:]))
+    # Nobody but the live teacher is there to answer, and none is started.
+    session._reports = {TEXT: bench._reports[TEXT]}
+    assert _teacher_facts(session, profiles, from_files=True) == everybody
+    assert list(session._reports) == [TEXT]
+    assert session._pool is bench.pool
 
 
 def test_rows_that_a_teacher_cannot_take_are_left_out_of_both_passes(bench, tmp_path):

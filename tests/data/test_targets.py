@@ -59,6 +59,22 @@ def test_an_extraction_continues_behind_the_rows_that_its_teacher_could_not_take
     assert _writer(tmp_path).rows_read == 9
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_file_missing_in_the_middle_is_named_with_what_has_to_go_and_then_no_row_is_lost(tmp_path, finished):
+    _write_all(_writer(tmp_path), 0)
+    if not finished:
+        (tmp_path / "math.json").unlink()
+    (tmp_path / "math-00000.parquet").unlink()
+    gone = ["math-00001.parquet", "math-00002.parquet", *(["math.json"] if finished else [])]
+    with pytest.raises(ArtifactError, match=rf"found no math-00000\.parquet: .* Delete {', '.join(gone)} there"):
+        _writer(tmp_path)
+    for name in gone:
+        (tmp_path / name).unlink()
+    _write_all(_writer(tmp_path), 0)
+    rows = [row for file in TargetWriter.files(tmp_path, "math") for row in pq.read_table(file)["id"].to_pylist()]
+    assert rows == [record.id for record in _records(0, 10)]
+
+
 def _write_all(writer: TargetWriter, first: int) -> None:
     writer.write(_records(first, 10 - first), [str(n) for n in range(first, 10)])
     writer.finish()

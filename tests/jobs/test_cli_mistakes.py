@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 import jobs.execute
+from actors.session import check_device, check_trained
 from jobs.execute import guarded
-from nexus.config import SAMPLES_DIR, load_config
-from nexus.errors import DataError, StageFailedError
+from nexus.config import SAMPLES_DIR, load_config, parse_config
+from nexus.errors import ConfigError, DataError, StageFailedError
 from nexus.run import RunDirectory
 
 REASONING = SAMPLES_DIR / "reasoning"
@@ -112,6 +113,11 @@ INPUT_MISTAKES = {
         512,
         "to leave room for a prompt in the 512 positions",
     ),
+    "labels alone without any": (
+        "data.reasoning.labelled",
+        [],
+        "Add labelled files, or set distill.labels_only to false.",
+    ),
     "role without a loader": ("teachers.0.role", "diffusion", "role diffusion"),
 }
 
@@ -124,6 +130,39 @@ def test_a_mistake_in_the_inputs_is_one_line_before_ray_starts(nexus, config, na
     Path("broken.parquet").write_bytes((REASONING / "labelled.parquet").read_bytes()[:-20])
     told = nexus("pipeline", "-c", config, "--set", f"{key}={json.dumps(value)}")
     assert expected in after_the_first_line(told)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("distill.device=cuda", "Set distill.device to cpu or auto"),
+        ("distill.optimizer=paged_adamw8bit", "Set distill.optimizer to adamw8bit"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_where_there_is_none_before_ray_starts(nexus, config, monkeypatch, setting, remedy):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    told = after_the_first_line(nexus("pipeline", "-c", config, "--cluster", "local", "--set", setting))
+    place = setting.replace("=", " ")
+    assert f"Expected a GPU for {place}, found the device cpu alone (this machine, where a local Ray starts)" in told
+    assert f"{remedy}, or join a cluster with a GPU." in told
+
+
+def test_a_first_step_without_teacher_and_labels_is_refused():
+    teachers = [{**document()["teachers"][0], "id": name, "start_step": 5} for name in ("sample-reasoning", "second")]
+    changes = {"teachers": teachers, "distill": {**document()["distill"], "gold_weight": 0.0, "labels_only": False}}
+    config = parse_config({**document(), **changes}, source="test")
+    with pytest.raises(ConfigError, match=r"found the earliest start_step 5\. Leave it out of one teacher\."):
+        check_trained(config)
+    check_trained(parse_config({**document(), "teachers": teachers}, source="test"))
+    teachers[1]["start_step"] = 0
+    check_trained(parse_config({**document(), **changes}, source="test"))
+
+
+def test_what_needs_a_gpu_is_taken_where_there_is_one():
+    config = parse_config({**document(), "distill": {**document()["distill"], "device": "cuda"}}, source="test")
+    check_device(config, 1, "a cluster")
+    with pytest.raises(ConfigError, match="Expected a GPU"):
+        check_device(config, 0, "a cluster")
 
 
 def test_an_unknown_teacher_is_told_its_nearest_name_and_an_absent_one_how_to_get_it(nexus, tmp_path):

@@ -207,7 +207,7 @@ def test_teachers_are_checked_tiny_for_people_and_for_machines(nexus):
     )  # fmt: skip
     assert (needing["id"], needing["status"], needing["targets"]) == ("padt-ovd-3b", "needs", [])
     lines = nexus("teachers", "check", "--tiny", "--teachers", "qwen2.5-omni-7b,step3-vl-10b").out.splitlines()
-    assert "ok (floating point; tokens, hidden, text)" in lines[0]
+    assert "already quantised (GPTQ 4 bit, group 64), 4.76 bits; tokens, hidden, text)" in lines[0]
     assert "needs: the repository's own Python files" in lines[1]
     assert lines[2] == "1 of 2 ok, 1 with needs, 0 failed"
 

@@ -53,6 +53,20 @@ def test_tax_of_an_encoder_without_labels_is_the_cosine_of_its_embeddings(
     assert (tax["mean_kl_nats"], tax["nf4_score"], tax["items"]) == (None, None, 3)
 
 
+def test_tax_of_the_registry_needs_no_run_and_knows_every_role(nexus: Callable[..., Any]) -> None:
+    names = "gemma-scope-2-27b,qwen2.5-omni-7b,step3-vl-10b"
+    taxes = nexus("teachers", "tax", "--tiny", "--json", "--teachers", names).document()["taxes"]
+    sae, packed, absent = taxes
+    assert (sae["measure"], sae["mean_kl_nats"]) == ("cosine of features", None)
+    assert 0.8 < sae["mean_cosine"] < 1
+    assert sae["stored_bytes"] > 0
+    assert packed["needs"].endswith("already quantised (GPTQ 4 bit, group 64)")
+    assert "Python files" in absent["needs"]
+    for option in (("--max-rows", 3), ("--set", "seed=1"), ("--models-dir", "x")):
+        asked = nexus("teachers", "tax", "--tiny", *option)
+        assert (asked.code, asked.err.count("no effect beside it")) == (2, 1)
+
+
 def test_tax_refuses_a_teacher_that_the_run_does_not_have(nexus: Callable[..., Any]) -> None:
     asked = nexus("teachers", "tax", "--teachers", "sample-visio")
     assert (asked.code, asked.out) == (2, "")

@@ -15,6 +15,7 @@ from nexus.towers.registry import shipped_config
     ("overrides", "words"),
     [
         (("cluster.sleeper_mib=100",), "sleeper_mib has no effect while all teachers stay awake"),
+        (("cluster.turn_batches=4",), "turn_batches has no effect while all teachers stay awake"),
         (("cluster.gpu_gib=24",), "gpu_gib has no effect while placement is even"),
         (
             ("cluster.placement=planned", "cluster.resident_teachers=2"),
@@ -36,7 +37,7 @@ def test_a_setting_without_effect_is_refused(overrides, words):
         (),
         ("cluster.resident_teachers=2", "cluster.sleeper_mib=100"),
         ("cluster.placement=planned", "cluster.gpu_gib=24"),
-        ("cluster.placement=planned", "cluster.sleeper_mib=100"),
+        ("cluster.placement=planned", "cluster.sleeper_mib=100", "cluster.turn_batches=4"),
     ],
 )
 def test_settings_that_fit_survive_their_file(tmp_path: Path, overrides):

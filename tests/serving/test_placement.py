@@ -163,6 +163,12 @@ def test_swapping_stays_below_a_tenth_of_the_computation_where_there_is_enough_o
     assert placement.devices[0].turns == 20
 
 
+def test_sleepers_that_cost_nothing_to_wake_are_gone_through_as_often_as_any():
+    needs = [dataclasses.replace(need(name, 9), load_bytes=0) for name in "abc"]
+    placement = plan_placement(needs, parse_cluster("1x24GiB/0.5GiB"), purpose="train")
+    assert placement.devices[0].turns == 20
+
+
 def test_without_node_memory_a_sleeper_wakes_from_disk_and_keeps_nothing_on_the_gpu():
     needs = [need(name, 9, flops=1e17) for name in "abc"]
     placement = plan_placement(needs, parse_cluster("1x24GiB/0.5GiB"), purpose="train")

@@ -103,8 +103,9 @@ def test_the_students_need_is_its_training_state_and_it_is_pinned():
         "intermediate_size": 128, "vocab_size": 100,
     }  # fmt: skip
     parameters = 2 * (3 * 64 * 64 + 3 * 64 * 128) + 64 * 100
-    need = student_need(core, tokens=7)
+    need = student_need(core, tokens=7, optimizer="adamw")
     assert need.weight_bytes == 16 * parameters
+    assert student_need(core, tokens=7, optimizer="adamw8bit").weight_bytes == 10 * parameters
     assert need.flops == 6 * parameters * 7
     assert need.is_pinned
 

@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nexus.config import load_config
 from nexus.errors import ConfigError
@@ -187,6 +199,49 @@ def test_recomputed_activations_give_the_same_gradient_even_when_passes_with_oth
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "gemma": GemmaConfig(**SIZES, head_dim=8),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_of_any_family_keep_their_logits_and_take_updates_on_every_linear_map(family, rows, tmp_path):
+    torch.manual_seed(0)
+    ids, mask, context = rows
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    model.save_pretrained(tmp_path)
+    core = build_core(pretrained_core_config(tmp_path, port_every=1))
+    assert isinstance(core, PretrainedCore)
+    load_pretrained(core, tmp_path)
+    ids, mask = ids[1:], mask[1:]
+    torch.testing.assert_close(core.eval()(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+    add_lora(core, rank=2, alpha=4)
+    opened(core).train()(ids, mask, context_BCD=context[1:]).logits.square().sum().backward()
+    trained = {name for name, parameter in core.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in core.named_parameters() if parameter.requires_grad}
+    # Experts that are one tensor have no map of their own to update.
+    updated = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name}
+    assert updated >= ({"c_attn", "c_fc", "c_proj"} if family == "gpt2" else {"q_proj", "k_proj", "v_proj", "o_proj"})
+    before = core.eval()(ids, mask, context_BCD=context[1:]).logits
+    merge_lora(core)
+    torch.testing.assert_close(core(ids, mask, context_BCD=context[1:]).logits, before, rtol=1e-4, atol=1e-4)
+
+
 def test_more_output_rows_than_the_model_has_are_added(folder, rows):
     ids, mask, _ = rows
     config = pretrained_core_config(folder, port_every=1)
@@ -235,9 +290,43 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
         load_pretrained(core, tmp_path)
 
 
+def test_a_factor_behind_the_output_layer_is_one_in_front_of_it(tmp_path):
+    torch.manual_seed(0)
+    scaled = AutoModelForCausalLM.from_config(
+        CohereConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            logit_scale=0.25,
+        )
+    ).eval()
+    scaled.save_pretrained(tmp_path)
+    core = PretrainedCore(pretrained_core_config(tmp_path, port_every=1))
+    load_pretrained(core, tmp_path)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        output = core.eval()(ids, output_hidden_states=True)
+        torch.testing.assert_close(output.logits, scaled(ids).logits)
+        torch.testing.assert_close(core.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_a_recurrent_model_is_refused_with_the_reason(tmp_path):
+    MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"found mamba in .*, which is recurrent") as caught:
+        pretrained_core_config(tmp_path, port_every=1)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_positions_of_a_trunk_are_those_of_its_own_configuration(folder, tmp_path):
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     assert student_positions(load_config(quickstart, [f"student.trunk={folder}", "student.tokenizer=null"])) == 64
+    FAMILIES["gpt2"].save_pretrained(tmp_path / "gpt2")
+    assert (
+        student_positions(load_config(quickstart, [f"student.trunk={tmp_path}/gpt2", "student.tokenizer=null"])) == 64
+    )
     missing = load_config(quickstart, [f"student.trunk={tmp_path}", "student.tokenizer=null"])
     with pytest.raises(ConfigError, match=r"max_position_embeddings at student.trunk"):
         student_positions(missing)

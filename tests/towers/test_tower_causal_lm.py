@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from nexus.towers.causal_lm import (
 )
 from nexus.towers.loader import LoadedTower
 from nexus.towers.rows import RowsError
-from nexus.towers.targets import ScoreRequest
+from nexus.towers.targets import ScoreRequest, TokensAlone
 from nexus.towers.transports import pack_topk
 
 PROMPTS = ("2+2?", "a much longer question than the others", "x", "Tom has 3 apples")
@@ -119,6 +120,23 @@ def test_shapes_and_types_are_those_of_the_contract(
         0: (np.float16, (sum(lengths), 64)),
         1: (np.float16, (sum(lengths), 64)),
     }
+
+
+def test_without_distributions_no_logit_is_computed_and_the_states_stay_the_same(
+    qwen: LoadedTower, text_request: Callable[..., ScoreRequest]
+) -> None:
+    request = text_request(PROMPTS, COMPLETIONS, layers=(0, 1))
+    whole, expected = score_completions(qwen.model, qwen.tokenizer, request)
+    calls = []
+    handle = qwen.model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
+    alone, hidden = score_completions(qwen.model, qwen.tokenizer, replace(request, transport="none"))
+    handle.remove()
+    assert not calls
+    assert isinstance(alone, TokensAlone)
+    assert alone.offsets_B1.tolist() == whole.offsets_B1.tolist()
+    assert alone.token_ids_N.tolist() == whole.token_ids_N.tolist()
+    for layer, states_NH in expected.items():
+        np.testing.assert_array_equal(hidden[layer], states_NH)
 
 
 def test_empty_request_gives_empty_targets(qwen: LoadedTower, text_request: Callable[..., ScoreRequest]) -> None:

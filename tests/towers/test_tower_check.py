@@ -25,7 +25,7 @@ OK = {
     "qwen2.5-coder-7b": (0.6, ("tokens", "hidden", "text")),
     "translategemma-4b": (0.6, ("tokens", "hidden", "text", "media")),
     "gemma-scope-2-27b": (0.6, ("features",)),
-    "qwen2.5-omni-7b": (None, ("tokens", "hidden", "text")),
+    "qwen2.5-omni-7b": (0.2, ("tokens", "hidden", "text")),
     "qwen3-omni-30b": (0.75, ("tokens", "hidden", "text")),
     "siglip2-so400m": (0.5, ("hidden", "embedding")),
     "videomae-large": (0.7, ("hidden", "embedding")),
@@ -36,7 +36,7 @@ OK = {
 }
 if find_spec("diffusers") is not None:
     OK |= {"sd3-medium": (0.5, ("noise", "blocks")), "svd-xt-1.1": (0.4, ("noise", "blocks"))}
-"""Teacher -> smallest share in NF4 of its tiny build, None in floating point by policy; kinds of target."""
+"""Teacher -> smallest share of its tiny build in NF4 (Omni: in its authors' GPTQ); kinds of target."""
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def test_architectures_of_the_installed_transformers_load_quantise_and_answer(
 ) -> None:
     share, targets = OK[teacher_id]
     row = rows[teacher_id]
-    assert (row.status, row.reason, row.targets, row.quantised) == ("ok", None, targets, share is not None)
+    assert (row.status, row.reason, row.targets, row.quantised) == ("ok", None, targets, True)
     assert row.quantised_share is not None
     assert row.quantisable_share is not None
-    assert row.quantised_share >= (share or 0)
+    assert row.quantised_share >= share
     assert row.quantisable_share >= row.quantised_share
-    assert (row.bits_per_param is None) == (share is None)
-    assert row.bits_per_param is None or 4.1 < row.bits_per_param < 6
+    assert row.bits_per_param is not None
+    assert 4.1 < row.bits_per_param < 6
     assert row.seconds > 0
 
 

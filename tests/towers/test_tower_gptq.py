@@ -221,6 +221,7 @@ def test_there_is_no_tax_without_an_original(tower: LoadedTower) -> None:
     assert measured.float_answers == measured.nf4_answers
     assert len(measured.nf4_answers) == 1
     assert (len(measured.kl_N), len(measured.same_top1_N)) == (0, 0)
+    assert TeacherEngine(tower, teacher_id="tiny").probe_tax() is None
 
 
 def test_memory_is_that_of_the_packed_tensors(tower: LoadedTower) -> None:

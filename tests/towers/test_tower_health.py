@@ -19,7 +19,7 @@ from nexus.towers.health import (
     check_reply,
     check_targets,
 )
-from nexus.towers.targets import SparseTargets, TeacherTargets, TokenTargets
+from nexus.towers.targets import FullTargets, SparseTargets, TeacherTargets, TokensAlone, TokenTargets
 
 V = 50
 TOKENS = TokenTargets(
@@ -51,6 +51,7 @@ def test_a_sound_reply_passes() -> None:
     check_targets(
         replace(GOOD, tokens=None, features=None, pooled_BE=None, label_logprobs_BC=None), vocabulary_size=None
     )
+    check_targets(replace(GOOD, tokens=TokensAlone(TOKENS.offsets_B1, TOKENS.token_ids_N)), vocabulary_size=V)
 
 
 def uniform(tokens: int) -> TokenTargets:
@@ -76,12 +77,26 @@ def spoiled(array: np.ndarray, value: float = np.nan) -> np.ndarray:
 
 NOT_FINITE: dict[str, dict[str, Any]] = {
     "log-probabilities": {"tokens": replace(TOKENS, logprobs_NK=spoiled(TOKENS.logprobs_NK))},
+    "probabilities": {
+        "tokens": FullTargets(np.array([0, 1, 2]), np.int32([1, 2]), np.float32([[0, -1], [-1, np.nan]]))
+    },
     "tail masses": {"tokens": replace(TOKENS, tail_logprob_N=spoiled(TOKENS.tail_logprob_N))},
     "hidden states of layer 0": {"hidden": {0: spoiled(GOOD.hidden[0], np.inf)}},
     "features of layer 1": {"features": {1: replace(SPARSE, values_Z=spoiled(SPARSE.values_Z))}},
     "embeddings": {"pooled_BE": spoiled(np.ones((2, 4), np.float32))},
     "label probabilities": {"label_logprobs_BC": np.float32([[0, 0], [0, np.nan]])},
 }
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_of_a_whole_distribution_some_ids_may_be_impossible_and_not_all(value: float) -> None:
+    logprobs_NV = np.float32([[-0.1, -np.inf, -2.3], [-0.1, -np.inf, -2.3]])
+    tokens = FullTargets(np.array([0, 1, 2]), np.int32([1, 2]), logprobs_NV)
+    sound = replace(GOOD, tokens=tokens, hidden={}, features=None)
+    check_targets(sound, vocabulary_size=3)
+    logprobs_NV[1] = value
+    with pytest.raises(NotFiniteError, match="finite probabilities from teacher 't'"):
+        check_targets(sound, vocabulary_size=3)
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)

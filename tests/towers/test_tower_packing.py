@@ -35,6 +35,7 @@ from nexus.towers.targets import (
     SparseTargets,
     TeacherTargets,
     TokenDistributions,
+    TokensAlone,
     TokenTargets,
 )
 
@@ -52,6 +53,8 @@ def distributions(kind: str, *, vocabulary: int = QWEN, lengths=(3, 0, 5), width
         return TokenTargets(*scored, ids, values, tail)
     if kind == "sampled":
         return SampledTargets(*scored, ids, values)
+    if kind == "none":
+        return TokensAlone(*scored)
     return (HiddenTargets if kind == "hidden" else FullTargets)(*scored, values)
 
 
@@ -65,7 +68,7 @@ def equal(a: TokenDistributions | PackedTokens, b: TokenDistributions | PackedTo
     )
 
 
-KINDS = ("topk", "sampled", "hidden", "full")
+KINDS = ("topk", "sampled", "hidden", "full", "none")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,6 +49,19 @@ def test_the_full_transport_is_the_whole_distribution(engine, asked, dense):
     np.testing.assert_allclose(tokens.logprobs_NV, dense, atol=2e-5)
 
 
+@pytest.mark.parametrize("completions", [("4", "5"), ("4", "55")], ids=["rows of one length", "padded rows"])
+def test_at_temperature_1_the_distribution_is_that_of_the_logits(engine, text_request, completions):
+    prompts = ("2+2?", "2+3?")
+    request = replace(text_request(prompts, completions, temperature=1.0), transport="full")
+    tokens = engine.score(request).tokens
+    assert (len(set(np.diff(tokens.offsets_B1).tolist())) == 1) is (completions == ("4", "5"))
+    rows = [
+        next(completion_logits(engine.tower.model, engine.tower.tokenizer, [prompt], [text]))
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    np.testing.assert_allclose(tokens.logprobs_NV, torch.cat(rows).double().log_softmax(-1), atol=2e-5)
+
+
 def test_hidden_states_and_the_head_give_the_teacher_s_own_logits(engine, asked, dense):
     tokens = engine.score(replace(asked, transport="hidden")).tokens
     assert isinstance(tokens, HiddenTargets)

@@ -30,6 +30,7 @@ from nexus.training.divergence import (
     topk_tail_reverse_kl,
     topk_tail_skewed_kl,
     topk_tail_skewed_reverse_kl,
+    topk_targets,
 )
 
 B, T, V = 2, 5, 11
@@ -540,6 +541,18 @@ def test_an_over_confident_student_keeps_its_gradient_under_topk() -> None:
     assert student.grad[0, 0, 0].item() > 0.1
 
 
+def test_the_bins_of_a_teacher_that_kept_every_id_have_no_tail_whatever_was_sent_as_one() -> None:
+    _, logprobs, _ = top(logits(70), V, 1.0)
+    ids = torch.arange(V).expand(B * T, V)
+    rounding = torch.full((B * T,), -16.0, dtype=torch.float64)
+    bins = topk_targets(ids, logprobs.reshape(B * T, V), rounding, vocabulary_size=V)
+    assert bool(torch.isneginf(bins[:, -1]).all())
+    torch.testing.assert_close(bins[:, :-1], logprobs.reshape(B * T, V), rtol=1e-12, atol=1e-12)
+    kept = topk_targets(ids[:, :3], logprobs.reshape(B * T, V)[:, :3], rounding, vocabulary_size=V)
+    torch.testing.assert_close(kept.exp().sum(dim=-1), torch.ones(B * T, dtype=torch.float64))
+    assert bool(torch.isfinite(kept).all())
+
+
 def test_rounding_in_the_tail_costs_nothing_where_the_student_masks_all_other_ids(mask: Tensor) -> None:
     student, teacher = logits(37, dtype=torch.float32), logits(38, dtype=torch.float32)
     student[..., 8:] = -INF
@@ -866,3 +879,23 @@ def test_top_k_that_cannot_be_a_teachers_answer_is_refused(mask: Tensor) -> None
         topk_tail_kl(student, torch.zeros_like(ids), logprobs, mask, **settings)
     with pytest.raises(ValueError, match="log_softmax"):
         topk_tail_kl(student, ids, teacher.gather(-1, ids), mask, **settings)
+
+
+@pytest.mark.parametrize("count", [math.inf, math.nan, 0.5, 0, -3])
+def test_a_count_of_scored_tokens_is_finite_and_at_least_1(count):
+    logits = torch.randn(1, 3, 5)
+    with pytest.raises(ValueError, match="num_loss_tokens: expected the scored positions"):
+        forward_kl(logits, logits, torch.ones(1, 3), num_loss_tokens=count, temperature=1.0)
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, math.nan, math.inf])
+def test_a_mask_of_weights_is_refused_and_one_of_zeros_and_ones_selects(value):
+    student, teacher = torch.randn(2, 1, 3, 5)
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    setting = {"num_loss_tokens": 2, "temperature": 1.0}
+    assert torch.equal(
+        forward_kl(student, teacher, mask, **setting), forward_kl(student, teacher, mask.bool(), **setting)
+    )
+    mask[0, 1] = value
+    with pytest.raises(ValueError, match="loss mask: expected bool, or only 0 and 1"):
+        forward_kl(student, teacher, mask, **setting)

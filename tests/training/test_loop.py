@@ -518,7 +518,7 @@ def test_a_spike_that_would_spoil_nothing_is_refused(text, found):
 
 
 def _frozen(loop):
-    """Standardisers whose statistics no longer move, so that the order of updates does not matter."""
+    """Standardisers whose statistics no longer move, so that a loss depends on its rows alone."""
     for standardiser in loop.objective.standardisers.values():
         width = standardiser.width
         standardiser.update(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.ones(8))
@@ -564,20 +564,29 @@ def _joined(parts):
     )
 
 
-@pytest.mark.parametrize("method", ["none", "upgrad"])
-def test_accumulated_draws_equal_one_large_batch(spec, tokenizer, method):
-    found = []
+@pytest.mark.parametrize(("method", "standardise"), [("none", "scale"), ("upgrad", "scale"), ("none", "phi_s")])
+def test_accumulated_draws_equal_one_large_batch(spec, tokenizer, method, standardise):
+    """Also in the anchor, whose targets are standardised by statistics that the step itself moves."""
+    found, statistics = [], []
     for rows, accumulate in ((4, 1), (2, 2)):
         loop, _ = _loop(
-            spec, tokenizer, rows=rows, accumulate=accumulate, source=PerRowSource(tokenizer), surgery_method=method
+            spec,
+            tokenizer,
+            rows=rows,
+            accumulate=accumulate,
+            source=PerRowSource(tokenizer),
+            standardise=standardise,
+            surgery_method=method,
         )
-        _frozen(loop)
         loop.settings = replace(loop.settings, grad_clip=1e9)
         loop.optimizer.step = lambda: None
         report = loop.advance()
         gradients = {name: p.grad for name, p in loop.objective.named_parameters() if p.grad is not None}
         found.append((report, gradients))
+        statistics.append({key: part.state_dict() for key, part in loop.objective.standardisers.items()})
     (large, expected), (parts, gradients) = found
+    assert all(state["count"] for state in statistics[0].values())
+    torch.testing.assert_close(*statistics, rtol=0, atol=0)
     assert parts.rows == large.rows == 10
     assert parts.losses == pytest.approx(large.losses, rel=1e-5)
     assert parts.kd == pytest.approx(large.kd, rel=1e-5)
@@ -612,7 +621,6 @@ def test_a_teacher_of_two_capabilities_has_the_mean_of_both_however_the_step_is_
             source=RecordedSource(answer),
             assignments={Assignment("same", "math"): text_rows(4), Assignment("same", "prose"): prose},
         )
-        _frozen(loop)
         losses.append(loop.advance().losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

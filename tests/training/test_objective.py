@@ -22,7 +22,7 @@ from nexus.data.collate import collate
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.student.memory import NexusStudent
 from nexus.towers.health import FingerprintChangedError, RowCountError
-from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead
+from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead, TokensAlone
 from nexus.training.batches import Assignment
 from nexus.training.divergence import distill_divergence, forward_kl
 from nexus.training.facts import TeacherFactsFile, TokenTransport
@@ -215,6 +215,20 @@ def test_a_wide_head_computes_its_logits_twice_and_gives_the_same(spec, tokenize
         assert float(loss.detach()) == pytest.approx(float(losses[-1].detach()), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["same", "labels"])
+def test_the_square_of_the_temperature_is_a_choice(spec, tokenizer, kind):
+    teacher = facts(kind, critical_layers=())
+    rows, capability = (text_rows(), "math") if kind == "same" else (image_rows(), "sight")
+    targets = token_targets(teacher, rows, tokenizer) if kind == "same" else label_targets(teacher, rows)
+    squared, plain = (
+        _objective(spec, tokenizer, [teacher], temperature=3.0, temperature_squared=chosen).teacher_loss(
+            Assignment(kind, capability), rows, targets
+        )
+        for chosen in (True, False)
+    )
+    torch.testing.assert_close(squared.kd, 9.0 * plain.kd)
+
+
 def test_a_bfloat16_head_is_used_as_the_teacher_does(spec, tokenizer):
     teacher = facts("same", critical_layers=())
     rows = text_rows()
@@ -237,7 +251,24 @@ def test_requests_name_the_transport_of_teachers_that_share_the_tokenizer(spec, 
     request = objective.request(Assignment("same", "math"), text_rows())
     assert (request.transport, request.draws, request.max_error) == ("sampled", 5, None)
     other = objective.request(Assignment("other", "prose"), text_rows(capability="prose"))
-    assert (other.transport, other.draws, other.max_error) == ("topk", None, None)
+    assert (other.transport, other.draws, other.max_error) == ("none", None, None)
+
+
+def test_no_loss_reads_distributions_in_other_tokens_unless_spans_are_compared(spec, tokenizer):
+    teacher, rows = facts("other"), text_rows(capability="prose")
+    assignment, targets = (
+        Assignment("other", "prose"),
+        token_targets(facts("other"), text_rows(capability="prose"), tokenizer),
+    )
+    assert targets.tokens is not None
+    alone = replace(targets, tokens=TokensAlone(targets.tokens.offsets_B1, targets.tokens.token_ids_N))
+    whole, without = (
+        _objective(spec, tokenizer, [teacher]).teacher_loss(assignment, rows, found) for found in (targets, alone)
+    )
+    assert torch.equal(whole.kd, without.kd)
+    assert torch.equal(whole.anchor, without.anchor)
+    by_span = _objective(spec, tokenizer, [teacher], tokenizers={"other": tokenizer})
+    assert by_span.request(assignment, rows).transport == "topk"
 
 
 def test_another_tokenizer_is_taught_by_the_text_of_its_answers(spec, tokenizer):

@@ -120,10 +120,16 @@ def _config(*overrides: str) -> RunConfig:
     return load_config(shipped_config("quickstart.yaml"), [*OVERRIDES, *overrides])
 
 
-def _loop(config, run_dir, teachers, engines, *, taught=True, inject_spike=None):
+def _loop(config, run_dir, teachers, engines, *, taught=True, inject_spike=None, steps_ahead=None):
     source = EnginesSource(engines) if taught else None
     loop = build_loop(
-        config, run_dir=run_dir, teachers=teachers, source=source, taught=taught, inject_spike=inject_spike
+        config,
+        run_dir=run_dir,
+        teachers=teachers,
+        source=source,
+        taught=taught,
+        inject_spike=inject_spike,
+        steps_ahead=steps_ahead,
     )
     return loop, source
 
@@ -220,6 +226,18 @@ def test_equal_seeds_build_equal_loops_and_another_seed_another(run_dir, teacher
     assert ids == same_ids
     assert not torch.equal(weights, other_weights)
     assert ids != other_ids
+
+
+def test_targets_that_are_asked_for_further_ahead_give_the_same_weights(run_dir, teachers, engines):
+    found = []
+    for ahead in (None, 5):
+        loop, source = _loop(_config(), run_dir, teachers, engines, steps_ahead=ahead)
+        loop.advance()
+        # One step's targets are collected, those of the steps ahead are not.
+        assert len(source.requests) == len(teachers) * (ahead or loop.settings.window)
+        loop.advance()
+        found.append(trained_weights(loop.objective))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_without_teachers_the_same_student_trains_on_the_labelled_rows_alone(run_dir, teachers, engines):
@@ -417,6 +435,23 @@ def test_weights_of_another_student_are_refused_by_name(run_dir, teachers, engin
     name = sorted(weights)[0]
     with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
         load_trained(loop.objective, {key: tensor for key, tensor in weights.items() if key != name})
+
+
+def test_a_transport_of_a_teacher_with_another_tokenizer_is_refused(run_dir, teachers, engines):
+    config = _config("teachers.sample-code.transport=full")
+    with pytest.raises(ConfigError, match=r"transport of teacher 'sample-code'.*found full, which has no effect"):
+        _loop(config, run_dir, teachers, engines, taught=False)
+
+
+def test_more_kept_ids_than_any_vocabulary_has_are_refused(run_dir, teachers, engines):
+    with pytest.raises(ConfigError, match=r"distill\.top_k: expected at most the \d+ ids .* found 1000000"):
+        _loop(_config("distill.top_k=1000000"), run_dir, teachers, engines, taught=False)
+
+
+def test_labelled_rows_without_weight_are_not_read(run_dir, teachers, engines):
+    config = _config("distill.gold_weight=0.0", "distill.labelled_batch_size=4", "distill.labels_only=false")
+    loop, _ = _loop(config, run_dir, teachers, engines)
+    assert not loop.batches.peek(0).labelled
 
 
 def test_a_weight_of_answers_that_no_teacher_needs_is_refused(run_dir, teachers, engines):

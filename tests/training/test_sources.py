@@ -1,23 +1,30 @@
-"""Cached targets as a source of the loop: the losses of live ones, some teachers cached and others live, mismatches refused."""
+"""Sources of the loop: teachers in threads, and cached targets: the losses of live ones, some teachers cached and others live,
+mismatches refused."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest_training import CAPABILITIES, facts, image_rows, label_targets, text_rows, token_targets
 
+from nexus.config import SAMPLES_DIR
 from nexus.data.targets import ScoreWriter
 from nexus.errors import ArtifactError, ConfigError, TowerLoadError
 from nexus.student.memory import NexusStudent
+from nexus.towers.engine import TeacherEngine
+from nexus.towers.loader import load_tower
 from nexus.towers.packing import pack_targets, unpack_targets
-from nexus.towers.targets import TeacherHead
+from nexus.towers.registry import TeacherSpec
+from nexus.towers.rows import RowsError
+from nexus.towers.targets import FullTargets, ScoreRequest, TeacherHead
 from nexus.training.batches import Assignment
 from nexus.training.facts import TokenTransport
 from nexus.training.objective import DistillationObjective, align_with_teachers
 from nexus.training.requests import is_asked, score_request, settings_of
-from nexus.training.sources import SCORES_DIR, CachedSource, MixedSource, MovedBytes
+from nexus.training.sources import SCORES_DIR, CachedSource, EngineSource, MixedSource, MovedBytes
 
 SAME, LABELS = facts("same"), facts("labels")
 CASES = {
@@ -107,6 +114,53 @@ def test_what_was_asked_can_be_forgotten(folder, objective):
         source.collect("key")
     with pytest.raises(ConfigError, match="cached targets of 'same'"):
         source.head("same")
+
+
+@pytest.fixture(scope="module")
+def engine() -> TeacherEngine:
+    spec = TeacherSpec("sample", str(SAMPLES_DIR / "teachers" / "sample-reasoning"), None, "causal_lm")
+    return TeacherEngine(load_tower(spec, device="cpu"), teacher_id="sample")
+
+
+def _request(completion: str) -> ScoreRequest:
+    return ScoreRequest(
+        ("a", "b"), ("What is 1 + 1?",) * 2, (completion, "no"), None, 1.0, 8, (), None, transport="full"
+    )
+
+
+def test_a_teacher_in_a_thread_answers_bit_for_bit_as_when_it_is_asked(engine):
+    source = EngineSource({"sample": engine})
+    requests = {number: _request("yes " * (number + 1)) for number in range(4)}
+    for number, request in requests.items():
+        source.submit(number, "sample", request)
+    # In any order, while the next ones are still being made.
+    for number in (2, 0, 1, 3):
+        found, expected = source.collect(number).tokens, engine.score(requests[number]).tokens
+        assert isinstance(found, FullTargets)
+        assert isinstance(expected, FullTargets)
+        assert np.array_equal(found.logprobs_NV, expected.logprobs_NV)
+        assert np.array_equal(found.token_ids_N, expected.token_ids_N)
+    assert source.head("sample") is engine.output_head()
+    source.close()
+
+
+def test_a_thread_drops_what_is_forgotten_and_goes_on_after_an_error(engine):
+    source = EngineSource({"sample": engine})
+    for number in range(8):
+        source.submit(number, "sample", _request("yes"))
+    source.forget()
+    with pytest.raises(KeyError):
+        source.collect(0)
+    source.submit("long", "sample", _request("yes " * 5000))
+    source.submit("good", "sample", _request("yes"))
+    with pytest.raises(RowsError, match="a: "):
+        source.collect("long")
+    assert source.collect("good").row_ids == ("a", "b")
+    with pytest.raises(ConfigError, match="'sample' of this process, found media"):
+        source.submit("seen", "sample", replace(_request("yes"), media=(b"", b"")))
+    source.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        source.submit("late", "sample", _request("yes"))
 
 
 class _Live:
