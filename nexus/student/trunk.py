@@ -254,6 +254,8 @@ def pretrained_core_config(folder: Path, *, port_every: int) -> PretrainedCoreCo
             tie_word_embeddings=bool(text.tie_word_embeddings),
             port_every=port_every,
         )
+    except ConfigError:
+        raise
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ConfigError(
             f"Expected a causal language model of transformers in student.trunk, found {folder}: "
