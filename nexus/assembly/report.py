@@ -571,7 +571,7 @@ def _weights_of(event: Mapping[str, object]) -> Iterator[tuple[str, float]]:
             yield name, float(value)
     shares = event.get("shares")
     for teacher, share in (shares if isinstance(shares, Mapping) else {}).items():
-        yield f"Share of its importance that {teacher} has", float(share)
+        yield f"Weight of {teacher}, ramped", float(share)
 
 
 def _incident(step: int, event: Mapping[str, object]) -> _Incident:

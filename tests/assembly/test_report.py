@@ -503,7 +503,7 @@ def test_the_schedules_are_drawn_as_they_were_used(report_data: ReportData, tmp_
     for drawn in (
         "Learning rate 0.5 \N{RIGHTWARDS ARROW} 0.1",
         "Weight of the feature anchors 50 \N{RIGHTWARDS ARROW} 22",
-        "Share of its importance that gemma3-code has 0 \N{RIGHTWARDS ARROW} 1",
+        "Weight of gemma3-code, ramped 0 \N{RIGHTWARDS ARROW} 1",
     ):
         assert drawn in shown.text
     assert "How it was weighted" not in page.text
