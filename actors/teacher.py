@@ -304,7 +304,7 @@ class TeacherActor:
             self._files_seen = _files_of(self._spec)
             with load_turn():
                 start = time.perf_counter()
-                engine, coverage, weight_bytes, from_cache = _opened(self._spec)
+                engine, coverage, from_cache = _opened(self._spec)
             engine.probe()
             before = None if self._report is None else self._report.fingerprint
             self._report = LoadReport(
@@ -315,7 +315,7 @@ class TeacherActor:
                 quantised_share=coverage.share,
                 bits_per_param=coverage.bits_per_param,
                 max_weight_error=coverage.max_weight_error,
-                weight_bytes=weight_bytes,
+                weight_bytes=coverage.stored_bytes,
                 num_layers=engine.num_layers,
                 hidden_size=engine.hidden_size,
                 vocabulary_size=engine.vocabulary_size if engine.role == "causal_lm" else None,
@@ -332,7 +332,7 @@ class TeacherActor:
             if before is not None:
                 self._swap_seconds += time.perf_counter() - start
             self._metrics = TeacherMetrics(self._spec.id)
-            self._metrics.loaded(weight_bytes)
+            self._metrics.loaded(coverage.stored_bytes)
             self._engine = engine
         return self._engine
 
@@ -352,14 +352,14 @@ def _files_of(spec: TeacherSpec) -> FilesSeen:
     return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
 
 
-def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, int, bool]:
-    """The teacher, how much of it is in NF4, the bytes of its weights, and whether they came from the quantised cache."""
+def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, bool]:
+    """The teacher, how much of it is in NF4, and whether that came from the quantised cache."""
     if spec.library in ENVIRONMENTS:
         from nexus.vendors.engine import load_vendor_engine
 
         # It gives targets, and nothing of the rest: the pool asks these teachers for nothing else.
         vendor: Any = load_vendor_engine(spec)
-        return vendor, vendor.coverage, vendor.coverage.stored_bytes, False
+        return vendor, vendor.coverage, False
     from nexus.towers.lean import lean_imports
 
     with lean_imports():
@@ -367,8 +367,7 @@ def _opened(spec: TeacherSpec) -> tuple[TeacherEngine, CoverageReport, int, bool
         from nexus.towers.loader import load_tower
 
     tower = load_tower(spec)
-    weight_bytes = sum(p.numel() * p.element_size() for p in tower.model.parameters())
-    return TeacherEngine(tower, teacher_id=spec.id), tower.coverage, weight_bytes, tower.from_cache
+    return TeacherEngine(tower, teacher_id=spec.id), tower.coverage, tower.from_cache
 
 
 def replica_suffix(replica: int) -> str:
