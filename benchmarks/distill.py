@@ -1,16 +1,17 @@
 """Distillation speed, every ratio against its baseline in the same run: a plain loop, TRL's GKD trainer, live and cached teachers.
 
     python benchmarks/distill.py [--json FILE] [--steps 40] [--rounds 5] [--trl-python PYTHON] [--only NAME ...] [--work DIR]
+                                 [--peers-keep-memory]
 
 The task: a Qwen3 teacher (4 layers of 128) trained on the sources of this Python's standard library in 4,096 tokens, and a student
 of 2 layers of 64. Every contender gets the same saved teacher in float32, the same initial student (`NexusStudentCore`), the same
 rows in the same order (8 of 128 tokens a step), forward KL at temperature 1, AdamW with the same constants, clipping and schedule. A
 contender is a process of its own with two cores in all: two threads, or one for the student and one of each teacher. Those of nexus
 run as its actors do, with the memory settings of `actors.cluster` (freed memory is kept for the next step), the others as torch and
-TRL come. Rounds
-run every contender once, each round in the opposite order of the one before. Five warm-up steps are dropped, nothing is logged or
-evaluated in between; seconds are the median over all steps of all rounds, with the least beside it and, where all work is in one
-process, the CPU seconds of its threads (where others use the machine too, their ratio is the steadier one).
+TRL come, or with the same settings under --peers-keep-memory. Rounds run every contender once, each round in the opposite order of
+the one before. Five warm-up steps are dropped, nothing is logged or evaluated in between; seconds are the median over all steps of
+all rounds, with the least beside it and, where all work is in one process, the CPU seconds of its threads (where others use the
+machine too, their ratio is the steadier one).
 
 TRL is no dependency: it runs in the interpreter given by --trl-python (trl 1.16.0, which has to import torch and transformers too;
 this folder's parent is put on its path). A ratio that could not be measured is left out, with the reason printed. Ratios printed:
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of training the teacher")
     parser.add_argument("--trl-python", type=Path)
+    parser.add_argument("--peers-keep-memory", action="store_true", help="give them the memory settings of nexus too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keeps the trained teacher between runs")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
@@ -224,7 +226,7 @@ def _contender(arguments: argparse.Namespace, name: str, *, factor: float = 0.0)
     python = str(arguments.trl_python) if is_trl else sys.executable
     command = [python, __file__, "--one", name, "--work", str(arguments.work), "--steps", str(arguments.steps)]
     threads = 1 if name in ("nexus", "ray", "ray4", "overlap") else 2
-    environment = _environment(threads, is_peer=name in PEERS)
+    environment = _environment(threads, is_peer=name in PEERS and not arguments.peers_keep_memory)
     done = subprocess.run(
         [*command, "--factor", str(factor)], stdout=subprocess.PIPE, text=True, check=False, env=environment
     )

@@ -1,6 +1,6 @@
 """What loading and asking a teacher costs: the quantised cache, bits and memory, the wire, and streaming against memory.
 
-Run as `python benchmarks/teachers.py [--parameters N] [--only load|experts|wire|streamed|busy]`. Every load is a process of its own,
+Run as `python benchmarks/teachers.py [--parameters N] [--only SECTION]`. Every load is a process of its own,
 so that its peak is its own; imports are not counted. Each line prints the figure beside its baseline from the same run; the exit
 code is 1 when one misses what is promised of it.
 
@@ -11,6 +11,7 @@ wire      64 ids and log-probabilities of a token: columns against Python lists,
 streamed  a model run block by block under a hard limit of its address space, against the same model in memory
 busy      share of the time in which a teacher's actor computes while extraction streams rows to it, from its first answer to its last
           and by its own clock, against asking for one batch after the other
+process   what a teacher's process takes before it has loaded anything, as its actor imports its libraries, against a plain import
 """
 
 from __future__ import annotations
@@ -100,6 +101,18 @@ result.update(
     digest=hashlib.sha256(tokens.ids_NK.tobytes() + tokens.logprobs_NK.tobytes()).hexdigest(),
 )
 print(json.dumps(result))
+"""
+
+PROCESS = """
+import json, sys, time
+from contextlib import nullcontext
+from actors.memory import private_bytes
+from nexus.towers.lean import lean_imports
+
+start = time.process_time()
+with lean_imports() if sys.argv[1] == "1" else nullcontext():
+    import nexus.towers.engine
+print(json.dumps({"seconds": time.process_time() - start, "private": private_bytes()}))
 """
 
 DENSE = {
@@ -301,12 +314,22 @@ def _busy_shares(folder: Path, scratch: Path, *, batches: int, rows: int) -> lis
     return found
 
 
+def measure_process(_arguments: argparse.Namespace) -> bool:
+    plain, lean = (_run(PROCESS, flag) for flag in (0, 1))
+    print(
+        f"process: {lean['private'] / MIB:.0f} MiB of private memory and {lean['seconds']:.1f} s of one core to import against "
+        f"{plain['private'] / MIB:.0f} MiB and {plain['seconds']:.1f} s by a plain import"
+    )
+    return lean["private"] < plain["private"]
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "load": measure_load,
     "experts": measure_experts,
     "wire": measure_wire,
     "streamed": measure_streamed,
     "busy": measure_busy,
+    "process": measure_process,
 }
 
 

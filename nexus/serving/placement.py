@@ -33,6 +33,8 @@ SWAP_SHARE = 0.1
 """Largest share of the computation that swapping may add, where there are batches enough to wake a teacher for."""
 MAX_LINEAR_DEVICES = 48
 """Up to so many devices every number of them is tried, beyond it every fourth power of two's quarter."""
+MAX_DEVICES = 256
+"""Of one size that a plan uses: more would only take further copies of the slowest teacher, and seconds to try."""
 
 STREAMED_PASSES = 4
 """Times that a streamed teacher's files are read: the hidden states of all rows between two layers seldom fit the memory at once."""
@@ -231,7 +233,7 @@ _HOST_SHARES = (0, *(GIB << power for power in range(12)))
 def _counts(limit: int) -> Iterator[int]:
     """Numbers of devices that are tried, ascending; those of a larger limit contain those of a smaller one."""
     number = 1
-    while number <= limit:
+    while number <= min(limit, MAX_DEVICES):
         yield number
         number += 1 if number < MAX_LINEAR_DEVICES else 1 << (number.bit_length() - 3)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nexus.data.media import add_noise, decode_audio, decode_image
-from nexus.errors import DataError
+from nexus.errors import DataError, TowerLoadError
 from nexus.towers.blocks import Passes, one_by_one, recorded_blocks
 from nexus.towers.nf4 import classification_heads
 from nexus.towers.rows import RowsError
@@ -108,6 +108,7 @@ def encode(
 
     Raises:
         ConfigError: a layer that the encoder does not have.
+        TowerLoadError: an encoder that gives scores of another kind than labels, and no hidden states.
         RowsError: rows whose results are not finite (hidden states within float16).
     """
     encoder = encoder_of(model)
@@ -154,6 +155,11 @@ def _pool(output: Any, seen_by_head: Sequence[Tensor]) -> Tensor:
     if seen_by_head:
         return seen_by_head[0]
     pooled_BE: Tensor | None = getattr(output, "pooler_output", None)
+    if not hasattr(output, "last_hidden_state"):
+        raise TowerLoadError(
+            f"Expected an encoder that gives its last hidden states or ends in a classification head, found {type(output).__name__} "
+            "alone. Name the class without its head as model_class of the teacher."
+        )
     states_BPH: Tensor = output.last_hidden_state
     return states_BPH.mean(dim=1) if pooled_BE is None else pooled_BE
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -52,7 +54,7 @@ from nexus.towers.diffusion import Denoiser
 from nexus.towers.encoder import encoder_of
 from nexus.towers.experts import spilling
 from nexus.towers.gptq import GptqConfig, GptqLinear, packed_matrices, place_packed, refuse_damaged
-from nexus.towers.memory import require_memory
+from nexus.towers.memory import available_bytes, require_memory
 from nexus.towers.nf4 import (
     NOTHING_QUANTISED,
     CoverageReport,
@@ -73,6 +75,11 @@ logger = logging.getLogger(__name__)
 
 TARGETS_SCHEMA = 1
 """Version of what `TeacherTargets` mean; part of every fingerprint, so that older cached targets are refused."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Number types that hold weights by themselves; smaller ones need scales, which only their own formats have."""
+EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+"""Key of one expert's matrix."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,21 @@ def load_tower(spec: TeacherSpec, *, device: str = "auto", quantise: bool = True
     """Load the teacher of `spec`; `quantise=False` gives the floating-point original (for the quantisation tax).
 
     Raises:
-        TowerLoadError: files that are not what the spec demands.
+        TowerLoadError: files that are not what the spec demands, or too little memory for them.
     """
+    try:
+        return _load(spec, device, quantise=quantise)
+    except MemoryError:
+        # Opening a file of weights takes as many addresses as it has bytes, before anything of it is read.
+        need = sum(path.stat().st_size for path in Path(spec.path).glob("**/*.safetensors"))
+        have = available_bytes(torch.device("cpu"))
+    raise TowerLoadError(
+        f"Expected {need / 2**30:.2f} GiB of memory to open the weights of teacher {spec.id!r}, found {have / 2**30:.2f} GiB free. "
+        "Free some, raise the limit of this process (ulimit -v), or choose a machine with more memory."
+    )
+
+
+def _load(spec: TeacherSpec, device: str, *, quantise: bool) -> LoadedTower:
     if spec.library in ENVIRONMENTS:
         raise TowerLoadError(
             f"Expected a class of transformers {transformers.__version__} for teacher {spec.id!r}, found one of {spec.library}, "
@@ -703,24 +723,46 @@ def _keys_by_parameter(
     Tensors that a class merges or splits while it loads are left out.
 
     Raises:
-        TowerLoadError: a tensor of another shape than the parameter's. transformers does not look at those that it quantises.
+        TowerLoadError: a tensor of another shape than the parameter's, which transformers does not look at in those that it
+            quantises; one that holds no floating-point numbers where the parameter does, which would be cast; an expert's matrix
+            that is missing or unlike those of the other experts.
     """
     names = skeleton.state_dict()
     places = _places(skeleton, checkpoint)
     found = {}
+    experts: dict[tuple[str, str, str], dict[int, tuple[int, ...]]] = {}
     for path in checkpoint.files:
         with safe_open(path, framework="pt", backend="pread") as file:
             for key in file.keys():  # noqa: SIM118  # the file is no mapping
                 (name, *_), is_converted = places[key]
-                if is_converted or name not in names:
+                if name not in names:
+                    continue
+                stored = file.get_slice(key)
+                shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
+                if names[name].is_floating_point() and kind not in FLOATS:
+                    raise TowerLoadError(
+                        f"Expected floating-point numbers ({', '.join(FLOATS)}) in {key!r} of teacher {spec.id!r}, found {kind} in "
+                        f"{path}. Use the original checkpoint that this one was made from."
+                    )
+                if is_converted:
+                    if expert := EXPERT.match(key):
+                        before, index, after = expert.groups()
+                        experts.setdefault((name, before, after), {})[int(index)] = shape
                     continue
                 found[name] = (path, key)
-                shape = tuple(file.get_slice(key).get_shape())
                 if shape != tuple(names[name].shape):
                     raise TowerLoadError(
                         f"Expected shape {tuple(names[name].shape)} for {name!r} of teacher {spec.id!r}, found {shape} in {path}. "
                         "Fetch the checkpoint again, or name the class that it was saved from."
                     )
+    for (name, before, after), shapes in experts.items():
+        usual = Counter(shapes.values()).most_common(1)[0][0]
+        for index in range(len(names[name])):
+            if shapes.get(index) != usual:
+                raise TowerLoadError(
+                    f"Expected shape {usual} for {f'{before}.{index}.{after}'!r} of teacher {spec.id!r}, as for other experts, found "
+                    f"{shapes.get(index, 'no such tensor')}. Fetch the checkpoint again."
+                )
     return found
 
 

@@ -95,7 +95,6 @@ def test_an_encoder_larger_than_every_gpu_is_streamed_and_a_language_model_is_re
     for teacher, changes, words in (
         ("sample-code", large, "its role causal_lm"),
         ("sample-vision", {**large, "cache_dir": None}, r"no folder for its layers \(cache\.dir\)"),
-        ("sample-vision", {**large, "quantise": False}, "not quantised here"),
     ):
         wrong = {**specs, teacher: dataclasses.replace(specs[teacher], **changes)}
         with pytest.raises(PlacementError, match=words):

@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import VideoMAEConfig, VideoMAEModel, WhisperFeatureExtractor
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperFeatureExtractor,
+)
 
 from nexus.data.media import add_noise, decode_audio, decode_image
-from nexus.errors import ConfigError
+from nexus.errors import ConfigError, TowerLoadError
 from nexus.profiling.layers import find_blocks
 from nexus.towers.encoder import MAX_ROWS, encode, encoder_of, label_texts, prepare_inputs
 from nexus.towers.loader import LoadedTower
@@ -181,6 +187,18 @@ def test_not_finite_rows_are_named(tower: LoadedTower, media: list[bytes]) -> No
         tensor[2] = torch.nan
     with pytest.raises(RowsError, match="Found 1 bad rows: row-2: not finite"):
         encode(tower.model, inputs, row_ids=ids(4), layers=(0,), temperature=1.0)
+
+
+def test_an_encoder_without_hidden_states_is_told_in_one_line() -> None:
+    sizes = {"conv_dim": (32,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    config = Wav2Vec2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8, **sizes
+    )
+    model = Wav2Vec2ForCTC(config).eval()
+    with pytest.raises(
+        TowerLoadError, match=r"gives its last hidden states .*, found CausalLMOutput alone\. Name the class"
+    ):
+        encode(model, {"input_values": torch.zeros(1, 400)}, row_ids=["a"], layers=(), temperature=1.0)
 
 
 def test_unknown_layer_is_refused(siglip: LoadedTower, png: Callable[[int], bytes]) -> None:

@@ -348,6 +348,42 @@ def test_a_config_that_describes_no_model_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_are_no_floating_point_numbers_are_refused_and_not_cast(
+    copy: Path, spec_of: Callable[..., TeacherSpec], name: str, dtype: torch.dtype, kind: str
+) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        TowerLoadError, match=rf"floating-point numbers .* in '{name}' of teacher 'tiny', found {kind} in"
+    ):
+        load_tower(spec_of(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.layers.1.mlp.experts.3.down_proj.weight", None, r"found no such tensor\."),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight", torch.t, r"found \(64, 128\)\."),
+    ],
+)
+def test_an_experts_matrix_that_is_missing_or_turned_is_named(
+    save: Callable[..., Path], text_config: dict[str, Any], spec_of: Callable[..., TeacherSpec], make_tokenizer: Any,
+    name: str, change: Any, message: str,
+) -> None:  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1}
+    folder = save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**text_config, **experts)), make_tokenizer())
+    weights = load_file(folder / "model.safetensors")
+    matrix = weights.pop(name)
+    if change is not None:
+        weights[name] = change(matrix).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TowerLoadError, match=rf"Expected shape .* for '{name}' of teacher 'tiny', .*{message}"):
+        load_tower(spec_of(folder))
+
+
 def test_a_matrix_of_another_shape_is_not_quantised_unseen(copy: Path, spec_of: Callable[..., TeacherSpec]) -> None:
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 64)

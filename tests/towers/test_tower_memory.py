@@ -91,6 +91,18 @@ def test_streaming_is_advised_to_teachers_that_do_not_stream_yet(
     assert ("placement: streamed" in str(caught.value)) is advises
 
 
+def test_weights_that_cannot_even_be_opened_are_told_with_need_and_have(
+    qwen_folder: Path, tmp_path: Path, spec_of: Callable[..., TeacherSpec], keep_limits: None
+) -> None:
+    folder = Path(shutil.copytree(qwen_folder, tmp_path / "copy"))
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2**30)
+    used = memory.psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with pytest.raises(TowerLoadError, match=r"Expected 1\.00 GiB of memory to open .* 'tiny', found 0\.\d\d GiB free"):
+        load_tower(spec_of(folder), device="cpu")
+
+
 def test_the_limit_of_this_process_counts(keep_limits: None) -> None:
     used = memory.psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 50 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -30,6 +30,7 @@ from nexus.training.divergence import (
     topk_tail_reverse_kl,
     topk_tail_skewed_kl,
     topk_tail_skewed_reverse_kl,
+    topk_targets,
 )
 
 B, T, V = 2, 5, 11
@@ -538,6 +539,18 @@ def test_an_over_confident_student_keeps_its_gradient_under_topk() -> None:
     assert loss.item() > 0.05
     assert student.grad is not None
     assert student.grad[0, 0, 0].item() > 0.1
+
+
+def test_the_bins_of_a_teacher_that_kept_every_id_have_no_tail_whatever_was_sent_as_one() -> None:
+    _, logprobs, _ = top(logits(70), V, 1.0)
+    ids = torch.arange(V).expand(B * T, V)
+    rounding = torch.full((B * T,), -16.0, dtype=torch.float64)
+    bins = topk_targets(ids, logprobs.reshape(B * T, V), rounding, vocabulary_size=V)
+    assert bool(torch.isneginf(bins[:, -1]).all())
+    torch.testing.assert_close(bins[:, :-1], logprobs.reshape(B * T, V), rtol=1e-12, atol=1e-12)
+    kept = topk_targets(ids[:, :3], logprobs.reshape(B * T, V)[:, :3], rounding, vocabulary_size=V)
+    torch.testing.assert_close(kept.exp().sum(dim=-1), torch.ones(B * T, dtype=torch.float64))
+    assert bool(torch.isfinite(kept).all())
 
 
 def test_rounding_in_the_tail_costs_nothing_where_the_student_masks_all_other_ids(mask: Tensor) -> None:
