@@ -315,9 +315,7 @@ def test_a_factor_behind_the_output_layer_is_one_in_front_of_it(tmp_path):
 
 def test_a_recurrent_model_is_refused_with_the_reason(tmp_path):
     MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"^Expected a trunk with attention layers, found mamba in .*, which is recurrent"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"^Expected a trunk with attention .* which is recurrent") as caught:
         pretrained_core_config(tmp_path, port_every=1)
     assert "\n" not in str(caught.value)
 
