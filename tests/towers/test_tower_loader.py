@@ -419,7 +419,8 @@ def test_what_transformers_cannot_load_is_told_in_one_line(
     experts_folder: Path, spec_of: Callable[..., TeacherSpec]
 ) -> None:
     weights = load_file(experts_folder / "model.safetensors")
-    weights["model.layers.0.mlp.experts.3.up_proj.weight"] = torch.zeros(5, 7)
+    # Half of what it merges is absent from every expert of a layer.
+    weights = {name: tensor for name, tensor in weights.items() if not ("layers.0" in name and "up_proj" in name)}
     save_file(weights, experts_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TowerLoadError, match="to load as Qwen3MoeForCausalLM, found: ") as caught:
         load_tower(spec_of(experts_folder, **EXPERTS_IN_FLOAT))
