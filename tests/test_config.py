@@ -207,7 +207,7 @@ def test_the_schema_imports_no_torch():
 def test_a_setting_of_a_transport_that_no_teacher_uses_is_refused(tmp_path, setting, transport):
     document = _document()
     document["distill"][setting] = 1
-    document["distill"]["transport"] = "full"
+    document["distill"].update(transport="full", cross_tokenizer="responses")
     assert f"distill.{setting} has no effect while no teacher's transport is {transport}" in _error(document)
     document["teachers"][1]["transport"] = transport
     config = parse_config(document, source="run.yaml")

@@ -37,6 +37,7 @@ from nexus.training.setup import (
 
 ROLES = {"reasoning": "causal_lm", "code": "causal_lm", "vision": "encoder", "audio": "encoder"}
 OVERRIDES = (
+    "distill.cross_tokenizer=responses",
     "distill.steps=2",
     "distill.warmup_steps=1",
     "distill.labelled_batch_size=2",
