@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess  # nosec B404 # asks the driver's own tool for free memory
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
-from nexus.config import RegistryTeacher, RunConfig, resolve_path
+from nexus.config import RegistryTeacher, Role, RunConfig, resolve_path
 from nexus.serving.placement import (
     GIB,
     NodeShape,
@@ -38,6 +38,7 @@ from nexus.serving.sizes import (
 )
 from nexus.towers.registry import (
     DEFAULT_MODELS_DIR,
+    SUPPORTED_ROLES,
     TeacherRegistry,
     find_checkpoint,
     load_registry,
@@ -58,6 +59,8 @@ class RunPlan:
     training: Placement
     extraction: Placement
     speeds: Speeds
+    refused: dict[str, str]
+    """Teacher -> why this version of nexus cannot distil from it, though it has a place here."""
 
 
 def plan_run(config: RunConfig, *, gpus: str | None, models_dir: Path | None, every_teacher: bool = False) -> RunPlan:
@@ -78,19 +81,36 @@ def plan_run(config: RunConfig, *, gpus: str | None, models_dir: Path | None, ev
         most = max(source.batch_size for source in config.data)
         sizes = tuple(_registry_size(registry, entry.id, models_dir) for entry in registry.teachers)
         rows = config.distill.steps * most
+        roles = {entry.id: entry.role for entry in registry.teachers}
         student, needs = _needs_of_all(config, sizes, float(rows * config.student.max_length))
     else:
         sizes = tuple(_size(config, index, registry, models_dir) for index in range(len(config.teachers)))
+        roles = {
+            teacher.id: registry.get(teacher.id).role if isinstance(teacher, RegistryTeacher) else teacher.role
+            for teacher in config.teachers
+        }
         student, *needs = run_needs(config, sizes)
     speeds = Speeds()
+    training = plan_placement([student, *needs], nodes, purpose="train", speeds=speeds)
     return RunPlan(
         cluster=words,
         nodes=nodes,
         sizes=sizes,
-        training=plan_placement([student, *needs], nodes, purpose="train", speeds=speeds),
+        training=training,
         extraction=plan_placement(needs, nodes, purpose="extract", speeds=speeds),
         speeds=speeds,
+        refused=_refused(roles, training),
     )
+
+
+def _refused(roles: Mapping[str, Role], training: Placement) -> dict[str, str]:
+    """Teachers that a run does not take yet, by what the plan shows of them."""
+    streamed = {place.id for place in training.places if place.mode == "streamed"}
+    return {
+        teacher: f"role {role}" if role not in SUPPORTED_ROLES else "a run streams encoders alone"
+        for teacher, role in roles.items()
+        if role not in SUPPORTED_ROLES or (teacher in streamed and role != "encoder")
+    }
 
 
 def _needs_of_all(
@@ -120,6 +140,7 @@ def plan_document(plan: RunPlan) -> dict[str, Any]:
         "teachers": [asdict(size) for size in plan.sizes],
         "training": asdict(plan.training),
         "extraction": asdict(plan.extraction),
+        "refused": plan.refused,
     }
 
 
@@ -138,6 +159,11 @@ def render_plan(plan: RunPlan) -> str:
             f"not all fit at once: cluster.resident_teachers={residents + 1} keeps {residents} awake and a place for whoever is woken"
         )
     parts += ["", *_section("extraction, each teacher once", plan.extraction)]
+    if plan.refused:
+        parts += [
+            "",
+            "A run would refuse " + ", ".join(f"{teacher} ({why})" for teacher, why in plan.refused.items()) + ".",
+        ]
     parts += ["", "What each way of living would cost:", *_costs(plan.training)]
     speeds = plan.speeds
     parts += [

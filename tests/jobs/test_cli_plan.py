@@ -19,6 +19,7 @@ def test_every_teacher_of_the_registry_gets_a_place_on_four_cards(nexus):
     assert "sleeps (" in told.out
     assert "wave 2" in told.out
     assert "cluster.resident_teachers=" in told.out
+    assert "A run would refuse kimi-k2.5 (a run streams encoders alone), gemma-scope-2-27b (role sae), " in told.out
     document = nexus("plan", "--all", "--gpus", "4x24GiB", "--json").document()
     for purpose in ("training", "extraction"):
         teachers = [place["id"] for place in document[purpose]["places"] if place["id"] != "student"]
@@ -26,6 +27,8 @@ def test_every_teacher_of_the_registry_gets_a_place_on_four_cards(nexus):
         assert len(teachers) == 23
         for use in document[purpose]["devices"]:
             assert use["planned_bytes"] <= use["capacity_bytes"]
+    assert document["refused"]["sd3-medium"] == "role diffusion"
+    assert "siglip2-so400m" not in document["refused"]
 
 
 def test_a_runs_own_teachers_are_measured_by_their_files_and_fit_this_machine(nexus):
