@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from nexus.artifacts import sha256_of
 from nexus.errors import ConfigError, TowerLoadError
 from nexus.towers.codec_lm import _delayed
 from nexus.towers.engine import TeacherEngine
@@ -149,3 +150,12 @@ def test_text_alone_is_no_request_for_it(engine: TeacherEngine, text_request: Ca
 def test_another_class_is_no_codec_lm(qwen_folder: Path, spec_of: Callable[..., TeacherSpec]) -> None:
     with pytest.raises(TowerLoadError, match=r"Expected MoshiForConditionalGeneration .*found Qwen3ForCausalLM"):
         load_tower(spec_of(qwen_folder, "codec_lm"), device="cpu")
+
+
+def test_a_tiny_build_is_the_same_every_time(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("one", "other"):
+        torch.rand(1)  # whatever was drawn before
+        write_tiny("personaplex-7b", tmp_path / name)
+        digests.add(sha256_of(tmp_path / name / "model.safetensors"))
+    assert len(digests) == 1
