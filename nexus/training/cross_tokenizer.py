@@ -298,7 +298,8 @@ def _span_or_other(log_probs_RJ: Tensor, own_RJ: Tensor, counts_S: Tensor) -> Te
     """
     own_R = log_probs_RJ.masked_fill(~own_RJ, 0.0).sum(dim=-1)
     parting_R = logsumexp_or_absent(log_probs_RJ.masked_fill(own_RJ, -math.inf))
-    inside_SW = torch.arange(int(counts_S.max()) if len(counts_S) else 1) < counts_S[:, None]
+    width = int(counts_S.max()) if len(counts_S) else 1
+    inside_SW = torch.arange(width, device=counts_S.device) < counts_S[:, None]
     own_SW = own_R.new_zeros(inside_SW.shape).masked_scatter(inside_SW, own_R)
     parting_SW = own_R.new_full(inside_SW.shape, -math.inf).masked_scatter(inside_SW, parting_R)
     span_S = own_SW.sum(dim=-1)

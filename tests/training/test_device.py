@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from nexus.student.memory import NexusStudent
 from nexus.towers.targets import FullTargets, HiddenTargets, SampledTargets, TeacherHead
 from nexus.training.batches import Assignment
+from nexus.training.cross_tokenizer import CommonIds, SpanAlignment, cross_tokenizer_loss
 from nexus.training.facts import TokenTransport
 from nexus.training.objective import DistillationObjective, align_with_teachers
 
@@ -204,3 +205,27 @@ def test_steps_snapshots_and_rollbacks_mix_no_devices(spec, tokenizer, changes) 
         loop._forget()
         loop.advance()
     assert [report.action for report in reports] == ["step"] * 4
+
+
+def test_spans_across_tokenizers_are_compared_on_the_students_device() -> None:
+    logits_NV = torch.randn(5, 9, requires_grad=True)
+    # A token each, three of the student against two of the teacher, and one whose own token the teacher did not keep.
+    alignment = SpanAlignment(np.array([0, 1, 4, 5]), np.array([0, 1, 3, 5]))
+    common = CommonIds(torch.arange(5), torch.arange(5))
+    log_p_MK = torch.randn(5, 3).log_softmax(-1) - 0.1
+    with Elsewhere([logits_NV]):
+        moved = [
+            tensor.to(logits_NV.device)
+            for tensor in (
+                torch.tensor([1, 2, 3, 4, 5]),
+                torch.tensor([1, 2, 0, 8, 3]),
+                torch.tensor([[1, 0, 2]] * 5),
+                log_p_MK,
+                torch.full((5,), -2.3),
+            )
+        ]
+        found = cross_tokenizer_loss(
+            logits_NV, *moved, alignment=alignment, common=common, num_loss_tokens=5, temperature=1.0
+        )
+        found.loss.backward()
+    assert found.aligned_share == 0.8
